@@ -1,0 +1,152 @@
+// The contract between the program (plans memory, splits work over threads) and the kernels (arithmetic).
+//
+// A kernel file is written once over simd.h, compiled once an instruction set in a namespace of its own, and reaches the
+// program through one KernelTable an instruction set. Kernels never allocate, throw, lock or start threads; whatever the
+// table, the tile or the number of rows beside it, a row's result has the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace octavo {
+
+// Columns (output features) of a panel: the unit of packing and of work for a linear operator.
+constexpr int64_t kPanel = 32;
+
+enum class WeightKind : int32_t {
+  kInt4,   // codes of at most 4 bits, two a byte
+  kInt8,   // codes of 5 to 8 bits, one a byte
+  kF32,
+  kF16,
+  kBF16,
+};
+
+// A weight repacked for linear and embed_row: [n / 32 panels], columns in lanes, four k's together for integers (VNNI order).
+// n is padded with zeros to a multiple of 32. Layout: see pack.cpp. Buffers are owned by whoever packed it (program.cpp).
+struct PackedWeight {
+  WeightKind kind;
+  int64_t n;        // output features
+  int64_t k;        // input features, a multiple of group for integers
+  int32_t group;    // 16 or 32; 0 for dense
+  int32_t zero;     // the code that stands for 0
+  bool scales_f32;  // scales and minimums are float32, else float16
+  const uint8_t* codes;
+  const void* scales;
+  const void* minimums;  // or null
+};
+
+// Rows rounded to int8 as graph/ops.py (Linear) says.
+struct QuantizedRows {
+  int8_t* codes;   // [rows][k]
+  float* scales;   // [rows][k / group]
+  int32_t* sums;   // [rows][k / group], sum of the codes of the group
+};
+
+struct LinearArgs {
+  const PackedWeight* weight;
+  int64_t rows;
+  const float* x;          // [rows][k], dense weights
+  QuantizedRows quantized; // grouped weights
+  float* out;              // [rows][out_stride]
+  int64_t out_stride;
+  const float* bias;       // [n] or null
+  const float* residual;   // [rows][out_stride] or null; out = (x w + bias) + residual; may alias out
+  uint8_t* scratch;        // linear_scratch_bytes(weight), of the calling thread alone, 64-byte aligned
+};
+
+// One paged attention problem over the cache of one layer.
+// k_cache: fp16 [num_blocks][num_kv_heads][head_dim][block_size] (tokens in lanes), v_cache: fp16 [num_blocks][num_kv_heads][block_size][head_dim].
+struct AttentionArgs {
+  const float* query;         // [tokens][num_heads * head_dim]
+  float* out;                 // same shape
+  const uint16_t* k_cache;
+  const uint16_t* v_cache;
+  int32_t num_heads, num_kv_heads, head_dim, block_size;
+  float scale;
+  const int32_t* positions;   // [tokens]
+};
+
+struct SampleArgs {           // one row
+  const float* logits;        // [vocab], not changed
+  float* work;                // [vocab] scratch
+  int64_t vocab;
+  float temperature, top_p, min_p, repetition, presence, frequency;
+  int32_t top_k, index, position, num_logprobs;
+  uint64_t seed;
+  const int32_t* seen_ids; const int32_t* seen_counts; int32_t num_seen;
+  const int32_t* bias_ids; const float* bias_values; int32_t num_bias;
+  int32_t* token;             // out
+  float* logprob;             // out
+  int32_t* top_ids;           // out [num_logprobs]
+  float* top_logprobs;        // out [num_logprobs]
+};
+
+struct KernelTable {
+  const char* isa;  // "scalar", "avx2", "avx512"
+
+  // linear.cpp
+  void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, QuantizedRows out);
+  void (*linear)(const LinearArgs* args, int64_t panel_begin, int64_t panel_end);
+  void (*embed_row)(const PackedWeight* weight, int64_t row, float* out);
+
+  // norm.cpp, rope.cpp, activation.cpp, attention.cpp, sample.cpp: program.cpp's neighbours, see there
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t features, float* out);
+  void (*rope)(float* x, int64_t stride, int64_t rows, int32_t num_heads, int32_t head_dim, const float* const* cos_sin_rows);
+  void (*write_kv)(const float* k, const float* v, int64_t stride, int64_t rows, const AttentionArgs* cache, uint16_t* k_cache,
+                   uint16_t* v_cache, const int32_t* slots);
+  // Rows row_begin..row_end (tokens of one sequence) of one kv head.
+  void (*attention)(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
+                    float* scratch);
+  void (*silu_mul)(const float* gate, const float* up, int64_t count, float* out);
+  void (*add)(const float* a, const float* b, int64_t count, float* out);
+  void (*sample)(const SampleArgs* args);
+};
+
+// Bytes of LinearArgs::scratch for a weight (weights of every kind and size).
+size_t linear_scratch_bytes(const PackedWeight& weight);
+
+// ---- pack.cpp: from the stored forms of graph/tensors.py (numpy views, any strides, unaligned) to PackedWeight -------
+
+struct PlaneView {
+  const uint8_t* data;
+  int64_t row_stride, block_stride, byte_stride;  // bytes
+  const uint16_t* byte_of;                        // [block_len]
+  const uint8_t* shift_of;                        // [block_len]
+  int32_t block_len, bits, lift, flip;
+};
+
+struct ScaleView {
+  const uint8_t* data;  // null: absent
+  int64_t row_stride, group_stride;  // bytes
+  bool is_f32;
+};
+
+struct GroupedView {
+  int64_t n, k;
+  int32_t group, bits, zero, num_planes;
+  PlaneView planes[3];
+  ScaleView scales, minimums;
+};
+
+struct DenseView {
+  int64_t n, k;
+  WeightKind kind;
+  const uint8_t* data;
+  int64_t row_stride;  // bytes; columns are contiguous
+};
+
+// Sizes of the buffers that pack_* fills, 64-byte aligned each, in the order codes, scales, minimums.
+struct PackedSizes { size_t codes, scales, minimums; };
+PackedSizes packed_sizes(const GroupedView& view);
+PackedSizes packed_sizes(const DenseView& view);
+
+// Describe the packed weight whose buffers the caller allocated; then fill panels, from any thread, each panel once.
+PackedWeight describe(const GroupedView& view, uint8_t* codes, void* scales, void* minimums);
+PackedWeight describe(const DenseView& view, uint8_t* codes);
+void pack_panels(const GroupedView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end);
+void pack_panels(const DenseView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end);
+
+// dispatch.cpp: the best table of this machine, or the named one; null when the machine lacks it or the name is unknown.
+const KernelTable* kernel_table(const char* isa_or_null);
+
+}  // namespace octavo

@@ -1,0 +1,70 @@
+"""What a backend promises: `compile(graph, weights, options) -> Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from octavo.graph.batch import Batch, SamplingRows, StepOutput
+from octavo.graph.tensors import StoredTensor
+from octavo.graph.trace import Graph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileOptions:
+    """What a Program is built for.
+
+    Attributes:
+        num_threads: threads that `run` uses, the caller's included.
+        block_size: tokens a KV block.
+        max_num_tokens: the most tokens of a step; buffers are planned for it.
+        max_num_rows: the most sampled rows of a step.
+        max_model_len: the greatest position plus one.
+        isa: "scalar", "avx2" or "avx512" forces one (tests); None takes the best.
+        round_activations: reference backend alone: round the inputs of grouped products to int8 as the contract of Linear says.
+    """
+
+    num_threads: int
+    block_size: int
+    max_num_tokens: int
+    max_num_rows: int
+    max_model_len: int
+    isa: str | None = None
+    round_activations: bool = True
+
+
+class Program(Protocol):
+    """A compiled graph with its weights and its KV cache."""
+
+    @property
+    def description(self) -> str:
+        """For people: "cpu avx512, 2 threads"."""
+        ...
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of the weights as this backend keeps them."""
+        ...
+
+    def block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        ...
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Map the KV pool; every block reads as zero. Called once."""
+        ...
+
+    def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
+        """Compute one step: write K and V, sample `rows` (row s belongs to batch.logits_rows[s]), return the named outputs in `wants`."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; the Program is unusable afterwards."""
+        ...
+
+
+Progress = Callable[[float], None]
+"""Called with the fraction done, 0 to 1."""
+
+Compile = Callable[[Graph, Mapping[str, StoredTensor], CompileOptions], Program]

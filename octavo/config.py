@@ -1,0 +1,110 @@
+"""EngineConfig: everything that an engine is told, built and validated in one place, then frozen and printable.
+
+An engine looks nothing up by itself: how much memory it may take is decided by who starts it (`plan_memory`),
+so that a second engine fits beside it. Imports no numpy.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from octavo.errors import ConfigError
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole configuration of one engine.
+
+    Attributes:
+        model: a local path: a GGUF file or a folder (resolve names with `weights.source` first).
+        served_name: the name that requests use.
+        memory_bytes: the most that the KV pool may take.
+        max_model_len: the most tokens of a sequence; None takes the model's own, cut to what the pool can hold.
+        max_num_seqs: the most sequences in one step.
+        max_num_batched_tokens: the token budget of one step.
+        max_num_waiting: the most requests in the waiting queue.
+        block_size: tokens a KV block.
+        use_prefix_cache: serve known prefixes from the cache.
+        policy: order of the waiting queue.
+        num_threads: threads of the CPU backend.
+        backend: "cpu" (native) or "reference" (numpy).
+    """
+
+    model: str
+    served_name: str
+    memory_bytes: int
+    num_threads: int
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 256
+    max_num_waiting: int = 2048
+    block_size: int = 16
+    use_prefix_cache: bool = True
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    backend: Literal["cpu", "reference"] = "cpu"
+
+    def validate(self) -> EngineConfig:
+        """Return self, or raise one ConfigError that lists every fault."""
+        faults = [
+            f"{name} must be at least {least}, not {value}"
+            for name, value, least in (
+                ("--memory", self.memory_bytes, 1),
+                ("--threads", self.num_threads, 1),
+                ("--max-model-len", self.max_model_len if self.max_model_len is not None else 1, 1),
+                ("--max-num-seqs", self.max_num_seqs, 1),
+                ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
+                ("--max-num-waiting", self.max_num_waiting, 1),
+            )
+            if value < least
+        ]
+        if self.block_size not in (8, 16, 32, 64):
+            faults.append(f"--block-size must be 8, 16, 32 or 64, not {self.block_size}")
+        if faults:
+            raise ConfigError("; ".join(faults))
+        return self
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: the affinity mask, cut by the cgroup's quota (at least 1)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cpus
+
+
+def available_memory() -> int:
+    """Bytes of memory free to this process: what the system calls available, cut by the cgroup's limit."""
+    free = 1 << 62
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            limit = Path(limit_file).read_text().strip()
+            used = int(Path(used_file).read_text())
+            if limit != "max":
+                free = min(free, max(0, int(limit) - used))
+        except (OSError, ValueError):
+            continue
+    return free if free < 1 << 62 else 4 << 30
+
+
+def plan_memory(asked_bytes: int | None) -> int:
+    """Bytes that the KV pool of one engine may take: what was asked, or a quarter of the memory free now."""
+    return asked_bytes if asked_bytes is not None else available_memory() // 4

@@ -1,0 +1,1 @@
+"""Models: one declaration an architecture, and the registry that finds it."""

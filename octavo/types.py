@@ -1,0 +1,314 @@
+"""The records that cross a layer or a process: frozen, slotted, typed, msgpack-ready.
+
+They hold token ids, numbers and text, never tensors; this module imports only msgspec, so the HTTP process stays
+free of numpy. Records that carry arrays live in `graph/batch.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one request are chosen; fields and defaults are vLLM's.
+
+    Attributes:
+        n: how many independent sequences to sample from the prompt.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this.
+        min_p: keep tokens at least this fraction as probable as the most probable one.
+        seed: makes sampling reproducible; None takes a fresh one.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output.
+        presence_penalty: subtracted once from the logit of each token in the output.
+        frequency_penalty: subtracted from the logit of a token as often as it stands in the output.
+        stop: strings that end the text; not part of it unless include_stop_str_in_output.
+        stop_token_ids: token ids that end the text.
+        ignore_eos: go on past the model's end-of-text tokens.
+        min_tokens: neither end-of-text nor a stop token is sampled before so many.
+        max_tokens: the most tokens to sample; None means up to the context length.
+        logprobs: how many alternatives to report for each token (0: the sampled one alone); None reports none.
+        logit_bias: added to the logits of these token ids.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    skip_special_tokens: bool = True
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request as the engine sees it: ids, no text.
+
+    Attributes:
+        request_id: unique among the requests alive.
+        prompt_ids: at least one token id.
+        params: complete: max_tokens and seed are set, `stop_token_ids` are the user's own.
+        priority: smaller runs first under the priority policy; equal ones in order of arrival.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one sampled position, from the raw logits (before penalties and temperature)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable (token_id, logprob), best first."""
+
+
+class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one sequence.
+
+    Attributes:
+        token_ids: 0 to k+1 new ids, a stop token included.
+        logprobs: one per id if asked for, else empty.
+        finish_reason: set in the last update of the sequence and in no other.
+        stop_token_id: the id that ended it, if one of stop_token_ids did.
+        num_cached_tokens: prompt tokens that the prefix cache served.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine can hold, known once its model is loaded."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    weights_bytes: int
+    vocab_size: int
+    backend: str
+    """Name and details for people, such as "cpu avx512 2 threads"."""
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and monotonic counters of one engine, a snapshot."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
+    """Blocks that a living sequence refers to."""
+    num_blocks_cached: int = 0
+    """Free blocks whose content the prefix cache can still serve."""
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens served."""
+    num_steps: int = 0
+    step_time_s: float = 0.0
+
+
+# ---- Between the parent process and the engine process (one msgpack frame each) ------------------------------------
+
+
+class StartEngine(msgspec.Struct, frozen=True, tag="start"):
+    """First frame from the parent: the whole EngineConfig, as builtins."""
+
+    config: dict[str, object]
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add"):
+    """A new request."""
+
+    request: EngineRequest
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    """End a request; its blocks are free before the next step. index None aborts every sequence of it."""
+
+    request_id: str
+    index: int | None = None
+
+
+class EngineProgress(msgspec.Struct, frozen=True, tag="progress"):
+    """Loading goes on."""
+
+    phase: str
+    fraction: float
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
+    """The model has decoded a token; requests are welcome."""
+
+    capacity: Capacity
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """Loading failed or a step broke the engine; the process ends after this frame."""
+
+    message: str
+
+
+class EngineUpdates(msgspec.Struct, frozen=True, tag="updates"):
+    """What one step brought."""
+
+    updates: list[TokenUpdate]
+    stats: EngineStats
+
+
+class RequestRejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """The engine refused a request; fields as in errors.RequestError."""
+
+    request_id: str
+    error: str
+    """Class name in errors.py: InvalidRequestError, ContextLengthError or OverloadedError."""
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+ToEngine = StartEngine | AddRequest | AbortRequest
+FromEngine = EngineProgress | EngineReady | EngineFailed | EngineUpdates | RequestRejected
+
+
+# ---- Between the engine's client side and the server or the user -----------------------------------------------------
+
+
+class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What is new of one sequence, as text and ids.
+
+    Concatenated `text` over all deltas of an index is the whole answer; exactly one delta of an index has a
+    finish_reason, and it is the last.
+    """
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it; None for end-of-text and other reasons."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished sequence of a request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished request, as `LLM.generate` returns it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """A stretch of a rendered prompt: special tokens are recognised only where `is_template` is true."""
+
+    text: str
+    is_template: bool
+
+
+# ---- Between the scheduler and the executor (in one process today; plain data, so they could cross one) --------------
+
+
+class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence that the runner does not know yet, or knows no longer (after preemption): all of its state.
+
+    `row` is a small integer that names the sequence until it is in `SchedulerOutput.finished_rows`.
+    """
+
+    row: int
+    index: int
+    token_ids: list[int]
+    """Prompt and output so far."""
+    num_prompt_tokens: int
+    params: SamplingParams
+
+
+class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One row's part of a step.
+
+    Attributes:
+        row: as in NewSequence.
+        num_computed_tokens: tokens whose K and V lie in the cache already.
+        num_new_tokens: tokens to compute now, following those.
+        new_block_ids: appended to the row's block table before this step.
+        is_sampling: the last of the new tokens is the last known one: sample its successor.
+    """
+
+    row: int
+    num_computed_tokens: int
+    num_new_tokens: int
+    new_block_ids: tuple[int, ...]
+    is_sampling: bool
+
+
+class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One step for the executor. Applied in the order: finished_rows, new_sequences, scheduled."""
+
+    finished_rows: tuple[int, ...] = ()
+    """Rows that ended or were preempted: forget them."""
+    new_sequences: tuple[NewSequence, ...] = ()
+    scheduled: tuple[ScheduledSequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the step computes."""
+        return sum(s.num_new_tokens for s in self.scheduled)
+
+
+class SampledTokens(msgspec.Struct, frozen=True, array_like=True):
+    """What a step sampled for one row: one id, or more with drafts. Id -1: the logits were not finite."""
+
+    row: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class ModelOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """The executor's answer to one SchedulerOutput: one entry for each row with is_sampling."""
+
+    sampled: tuple[SampledTokens, ...] = ()
