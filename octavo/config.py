@@ -1,6 +1,7 @@
-"""EngineConfig: everything that an engine is told, built and validated in one place, then frozen and printable.
+"""EngineConfig: all that an engine is told, validated in one place, then frozen and printable.
 
-An engine looks nothing up by itself: how much memory it may take is decided by who starts it (`plan_memory`),
+An engine looks nothing up by itself: how much memory it may take is decided by who starts it
+    (`plan_memory`),
 so that a second engine fits beside it. Imports no numpy.
 """
 
@@ -22,7 +23,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         model: a local path: a GGUF file or a folder (resolve names with `weights.source` first).
         served_name: the name that requests use.
         memory_bytes: the most that the KV pool may take.
-        max_model_len: the most tokens of a sequence; None takes the model's own, cut to what the pool can hold.
+        max_model_len: the most tokens of a sequence; None takes the model's own, cut to what the
+            pool can hold.
         max_num_seqs: the most sequences in one step.
         max_num_batched_tokens: the token budget of one step.
         max_num_waiting: the most requests in the waiting queue.
@@ -68,7 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: the affinity mask, cut by the cgroup's quota (at least 1)."""
+    """CPUs that this process may use: the affinity mask, cut by the cgroup's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
@@ -80,7 +82,7 @@ def available_cpus() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of memory free to this process: what the system calls available, cut by the cgroup's limit."""
+    """Bytes free to this process: what the system calls available, cut by the cgroup's limit."""
     free = 1 << 62
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -106,5 +108,5 @@ def available_memory() -> int:
 
 
 def plan_memory(asked_bytes: int | None) -> int:
-    """Bytes that the KV pool of one engine may take: what was asked, or a quarter of the memory free now."""
+    """Bytes that one engine's KV pool may take: what was asked, or a quarter of what is free."""
     return asked_bytes if asked_bytes is not None else available_memory() // 4

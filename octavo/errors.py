@@ -30,7 +30,7 @@ class ModelFileError(ConfigError):
 
 
 class RequestError(OctavoError):
-    """A request failed. `status` is the HTTP status, `code` and `param` follow OpenAI's error body."""
+    """A request failed. `status` is HTTP's; `code` and `param` follow OpenAI's error body."""
 
     status = 500
     kind = "server_error"

@@ -1,7 +1,7 @@
 """The records that cross a layer or a process: frozen, slotted, typed, msgpack-ready.
 
-They hold token ids, numbers and text, never tensors; this module imports only msgspec, so the HTTP process stays
-free of numpy. Records that carry arrays live in `graph/batch.py`.
+They hold token ids, numbers and text, never tensors; this module imports only msgspec, so the HTTP
+process stays free of numpy. Records that carry arrays live in `graph/batch.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         top_p: keep the smallest set of tokens whose probability reaches this.
         min_p: keep tokens at least this fraction as probable as the most probable one.
         seed: makes sampling reproducible; None takes a fresh one.
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in
+            prompt or output.
         presence_penalty: subtracted once from the logit of each token in the output.
         frequency_penalty: subtracted from the logit of a token as often as it stands in the output.
         stop: strings that end the text; not part of it unless include_stop_str_in_output.
@@ -31,7 +32,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: go on past the model's end-of-text tokens.
         min_tokens: neither end-of-text nor a stop token is sampled before so many.
         max_tokens: the most tokens to sample; None means up to the context length.
-        logprobs: how many alternatives to report for each token (0: the sampled one alone); None reports none.
+        logprobs: how many alternatives to report for each token (0: the sampled one alone); None
+            reports none.
         logit_bias: added to the logits of these token ids.
         skip_special_tokens: leave special tokens out of the text.
     """
@@ -73,7 +75,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one sampled position, from the raw logits (before penalties and temperature)."""
+    """Log probabilities at one sampled position, from the raw logits (before penalties)."""
 
     token_id: int
     logprob: float
@@ -138,7 +140,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_time_s: float = 0.0
 
 
-# ---- Between the parent process and the engine process (one msgpack frame each) ------------------------------------
+# ---- Between the parent process and the engine process (one msgpack frame each) ----------------
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):
@@ -154,7 +156,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
-    """End a request; its blocks are free before the next step. index None aborts every sequence of it."""
+    """End a request; its blocks are free before the next step. index None: all its sequences."""
 
     request_id: str
     index: int | None = None
@@ -201,14 +203,14 @@ ToEngine = StartEngine | AddRequest | AbortRequest
 FromEngine = EngineProgress | EngineReady | EngineFailed | EngineUpdates | RequestRejected
 
 
-# ---- Between the engine's client side and the server or the user -----------------------------------------------------
+# ---- Between the engine's client side and the server or the user --------------------------------
 
 
 class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
     """What is new of one sequence, as text and ids.
 
-    Concatenated `text` over all deltas of an index is the whole answer; exactly one delta of an index has a
-    finish_reason, and it is the last.
+    Concatenated `text` over all deltas of an index is the whole answer; exactly one delta of an
+    index has a finish_reason, and it is the last.
     """
 
     request_id: str
@@ -245,17 +247,17 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """A stretch of a rendered prompt: special tokens are recognised only where `is_template` is true."""
+    """A stretch of a rendered prompt: special tokens are recognised only if `is_template`."""
 
     text: str
     is_template: bool
 
 
-# ---- Between the scheduler and the executor (in one process today; plain data, so they could cross one) --------------
+# ---- Between the scheduler and the executor (plain data, so they could cross a process) ----------
 
 
 class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
-    """A sequence that the runner does not know yet, or knows no longer (after preemption): all of its state.
+    """All of a sequence that the runner does not know yet, or no longer (after preemption).
 
     `row` is a small integer that names the sequence until it is in `SchedulerOutput.finished_rows`.
     """
@@ -301,7 +303,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SampledTokens(msgspec.Struct, frozen=True, array_like=True):
-    """What a step sampled for one row: one id, or more with drafts. Id -1: the logits were not finite."""
+    """What a step sampled for one row: one id, or more with drafts; -1: logits not finite."""
 
     row: int
     token_ids: tuple[int, ...]

@@ -1,1 +1,1 @@
-"""Backends: each makes a Program of a Graph. They know tensors and operators, nothing of requests."""
+"""Backends: each makes a Program of a Graph. They know tensors, nothing of requests."""

@@ -22,7 +22,8 @@ class CompileOptions:
         max_num_rows: the most sampled rows of a step.
         max_model_len: the greatest position plus one.
         isa: "scalar", "avx2" or "avx512" forces one (tests); None takes the best.
-        round_activations: reference backend alone: round the inputs of grouped products to int8 as the contract of Linear says.
+        round_activations: reference backend alone: round the inputs of grouped products to int8 as
+            the contract of Linear says.
     """
 
     num_threads: int
@@ -56,7 +57,10 @@ class Program(Protocol):
         ...
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
-        """Compute one step: write K and V, sample `rows` (row s belongs to batch.logits_rows[s]), return the named outputs in `wants`."""
+        """Compute one step: write K and V, sample, return the named outputs in `wants`.
+
+        Row s of `rows` belongs to batch.logits_rows[s].
+        """
         ...
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""The graph: typed operators, tracing, the stored forms of weights and the arrays of a step. Knows no file and no device."""
+"""Typed operators, tracing, stored forms of weights, arrays of a step; no file, no device."""

@@ -1,4 +1,4 @@
-"""The arrays of one ragged step: what a runner hands to a Program and gets back. Built whole, then read-only."""
+"""The arrays of one ragged step, to a Program and back. Built whole, then read-only."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One ragged step of B sequences and T tokens; sequence b owns tokens query_start_loc[b] to query_start_loc[b + 1].
+    """One ragged step of B sequences and T tokens.
+
+    Sequence b owns tokens query_start_loc[b] to query_start_loc[b + 1].
 
     Attributes:
         token_ids: [T].
         positions: [1, T], absolute.
         query_start_loc: [B + 1].
         seq_lens: [B], tokens of the sequence including those of this step.
-        block_tables: one [B, M] a cache group; entries past a sequence's blocks are 0 and never read.
-        slot_mapping: one [T] a cache group: block_id * block_size + offset, where K and V of each token go.
+        block_tables: one [B, M] a cache group; entries past a sequence's blocks are 0 and never
+            read.
+        slot_mapping: one [T] a cache group: block_id * block_size + offset, where K and V of each
+            token go.
         logits_rows: [S], tokens whose logits are wanted.
         inputs: named inputs, [T, features] float32.
     """
@@ -39,30 +43,37 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
-    """How to sample each of the S rows of the logits. Order: bias, penalties, temperature, top_k, top_p, min_p, noise.
+    """How to sample each of the S rows of the logits.
+
+    Order: bias, penalties, temperature, top_k, top_p, min_p, noise.
 
     (token ids and counts of a row lie in a flat array, row s owning start[s] to start[s + 1].)
 
-    The sample of a row is argmax(logits / temperature + Gumbel(seed, index, position, token)) over the tokens that the
-    filters leave; greedy (temperature 0) is argmax(logits), the lowest id of equals.
+    The sample of a row is argmax(logits / temperature + Gumbel(seed, index, position, token)) over
+    the tokens that the filters leave; greedy (temperature 0) is argmax(logits), the lowest id of
+    equals.
 
-    The noise, all in uint64 with wrap-around: mix(z) is splitmix64's finalizer (z ^= z >> 30; z *= 0xBF58476D1CE4E5B9;
-    z ^= z >> 27; z *= 0x94D049BB133111EB; z ^= z >> 31); key = mix(mix(mix(seed + C) ^ index) ^ position + C) with
-    C = 0x9E3779B97F4A7C15; u = ((mix(key + C * (token + 1)) >> 40) + 0.5) / 2**24; noise = -log(-log(u)).
+    The noise, all in uint64 with wrap-around: mix(z) is splitmix64's finalizer (z ^= z >> 30; z *=
+    0xBF58476D1CE4E5B9; z ^= z >> 27; z *= 0x94D049BB133111EB; z ^= z >> 31); key =
+    mix(mix(mix(seed + C) ^ index) ^ position + C) with C = 0x9E3779B97F4A7C15; u = ((mix(key + C *
+    (token + 1)) >> 40) + 0.5) / 2**24; noise = -log(-log(u)).
 
-    top_p and min_p look at softmax(logits / temperature) after top_k; top_p keeps the most probable tokens, the
-    lower id first among equals, until their sum reaches it, at least one.
+    top_p and min_p look at softmax(logits / temperature) after top_k; top_p keeps the most
+    probable tokens, the lower id first among equals, until their sum reaches it, at least one.
 
     Attributes:
         temperature: [S] float32, 0 is greedy.
         top_k: [S] int32, 0 keeps all.
         top_p, min_p: [S] float32; 1 and 0 keep all.
-        seed: [S] uint64. index: [S] int32, the sequence's index in its request. position: [S] int32, of the token to be sampled.
+        seed: [S] uint64. index: [S] int32, the sequence's index in its request. position: [S]
+            int32, of the token to be sampled.
         repetition, presence, frequency: [S] float32 penalties; 1, 0, 0 change nothing.
-        seen_start: [S + 1] int32; seen_ids, seen_counts: tokens of prompt and output with their count in the output.
-            Rows without penalties own none.
-        bias_start: [S + 1] int32; bias_ids int32, bias_values float32: added to the logits; -inf bans a token.
-        num_logprobs: [S] int32; -1: none wanted, 0: of the sampled token, k: and of the k most probable ones.
+        seen_start: [S + 1] int32; seen_ids, seen_counts: tokens of prompt and output with their
+            count in the output. Rows without penalties own none.
+        bias_start: [S + 1] int32; bias_ids int32, bias_values float32: added to the logits; -inf
+            bans a token.
+        num_logprobs: [S] int32; -1: none wanted, 0: of the sampled token, k: and of the k most
+            probable ones.
     """
 
     temperature: Float32
@@ -89,10 +100,12 @@ class StepOutput:
     """What a Program returns.
 
     Attributes:
-        tokens: [S] int32, the sampled ids; -1 where no logit of the row is finite or one is NaN. Empty if nothing was to be sampled.
-        logprobs: [S] float32 of the sampled tokens, log-softmax of the raw logits; unspecified where num_logprobs is -1.
-        top_ids, top_logprobs: [S, K], K the largest num_logprobs; best first, lower id first among equals; a row's entries past its
-            own num_logprobs are unspecified.
+        tokens: [S] int32, the sampled ids; -1 where no logit of the row is finite or one is NaN.
+            Empty if nothing was to be sampled.
+        logprobs: [S] float32 of the sampled tokens, log-softmax of the raw logits; unspecified
+            where num_logprobs is -1.
+        top_ids, top_logprobs: [S, K], K the largest num_logprobs; best first, lower id first among
+            equals; a row's entries past its own num_logprobs are unspecified.
         values: the named outputs of the graph that were asked for.
     """
 

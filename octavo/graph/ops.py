@@ -1,7 +1,8 @@
-"""The operators: each one's contract stands here once; backends implement it, one test checks them all.
+"""The operators: each one's contract stands here once; one test checks every implementation.
 
-T is the number of tokens of a step (ragged: rows of all sequences, one after another), S the number of sampled rows.
-Every value is float32 [T, features], except after SelectRows: [S, features].
+T is the number of tokens of a step (ragged: rows of all sequences, one after another), S the
+number of sampled rows. Every value is float32 [T, features], except after SelectRows: [S,
+features].
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class RmsNorm:
 class Linear:
     """x @ weight.T + bias; weight [out_features, in_features].
 
-    With a grouped weight, backends that say so round x to int8 a group of the weight's columns first:
-    scale = max|x| / 127 over the group (float32), code = round-half-even(x * (127 / max|x|)); a group of zeros has scale 0.
-    The product of a group is scale_w * scale_x * Σ (code_w - zero) * code_x + minimum_w * scale_x * Σ code_x, the sums
-    exact integers; groups are added in ascending order in float32.
+    With a grouped weight, backends that say so round x to int8 a group of the weight's columns
+    first: scale = max|x| / 127 over the group (float32), code = round-half-even(x * (127 /
+    max|x|)); a group of zeros has scale 0.
+    The product of a group is scale_w * scale_x * Σ (code_w - zero) * code_x + minimum_w * scale_x
+    * Σ code_x, the sums exact integers; groups are added in ascending order in float32.
     """
 
     weight: str
@@ -62,8 +64,9 @@ class Linear:
 class Rope:
     """Rotary position embedding of [T, heads * head_dim] at positions[t], "half" layout.
 
-    With i < head_dim / 2 and a = positions[t] * inv_freq[i] (float32): out[i] = x[i] cos a - x[i + half] sin a,
-    out[i + half] = x[i + half] cos a + x[i] sin a. cos and sin are taken in float64 of the float32 angle and rounded to float32.
+    With i < head_dim / 2 and a = positions[t] * inv_freq[i] (float32): out[i] = x[i] cos a - x[i +
+    half] sin a, out[i + half] = x[i + half] cos a + x[i] sin a. cos and sin are taken in float64
+    of the float32 angle and rounded to float32.
 
     Source: Su et al. 2021 (RoFormer), section 3.4; llama3 scaling is already inside inv_freq.
     """
@@ -75,13 +78,15 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class PagedAttention:
-    """Write K and V of the step into the cache, then causal attention of each row over its sequence's cached tokens.
+    """Write K and V of the step into the cache, then causal attention of each row over it.
 
-    Inputs: query [T, num_heads * head_dim], key and value [T, num_kv_heads * head_dim]. K and V are rounded to the
-    cache's dtype and read back from it, also those of this step. Softmax accumulates in float32 in ascending order of absolute
-    position, so a row's result depends on nothing but its query and its sequence's cache.
+    Inputs: query [T, num_heads * head_dim], key and value [T, num_kv_heads * head_dim]. K and V
+    are rounded to the cache's dtype and read back from it, also those of this step. Softmax
+    accumulates in float32 in ascending order of absolute position, so a row's result depends on
+    nothing but its query and its sequence's cache.
 
-    Source: Kwon et al. 2023 (PagedAttention), section 4; online softmax: Milakov and Gimelshein 2018.
+    Source: Kwon et al. 2023 (PagedAttention), section 4; online softmax: Milakov and
+    Gimelshein 2018.
     """
 
     layer: int

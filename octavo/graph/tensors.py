@@ -1,7 +1,7 @@
-"""The stored forms of a weight, whatever file it came from: dense, or integers in groups with scales.
+"""The stored forms of a weight, whatever its file: dense, or integers in groups with scales.
 
-`weights/formats` makes these from a file's bytes without copying; backends repack from them. Nobody above or below
-knows GGUF's types.
+`weights/formats` makes these from a file's bytes without copying; backends repack from them.
+Nobody above or below knows GGUF's types.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class DenseTensor:
     """A weight in floating point.
 
     Attributes:
-        data: [out_features, in_features] or [features]; float32, float16, or uint16 that holds bfloat16 bits. May be a
-            read-only view of a mapped file and unaligned.
+        data: [out_features, in_features] or [features]; float32, float16, or uint16 that holds
+            bfloat16 bits. May be a read-only view of a mapped file and unaligned.
         dtype: which of the three.
     """
 
@@ -54,7 +54,8 @@ class Plane:
     """Some bits of every code of a tensor, as they lie in a file's blocks.
 
     Of element e of a block (0 <= e < len(byte_of)) this plane holds `bits` bits:
-    ((data[row, block, byte_of[e]] ^ flip) >> shift_of[e]) & (2**bits - 1), which count 2**lift in the code.
+    ((data[row, block, byte_of[e]] ^ flip) >> shift_of[e]) & (2**bits - 1), which count 2**lift in
+    the code.
 
     Attributes:
         data: uint8 [rows, blocks, bytes], a strided view of the mapped file.
@@ -73,11 +74,12 @@ class Plane:
 class GroupedTensor:
     """A weight as unsigned integer codes with a scale, and perhaps a minimum, a group of columns.
 
-    w[n, k] = scales[n, k // group] * (codes[n, k] - zero) + minimums[n, k // group], in float32, each product and sum
-    rounded once (minimums absent: nothing is added).
+    w[n, k] = scales[n, k // group] * (codes[n, k] - zero) + minimums[n, k // group], in float32,
+    each product and sum rounded once (minimums absent: nothing is added).
 
     Attributes:
-        planes: the bits of the codes; the codes are the sum of the planes, each shifted left by its lift.
+        planes: the bits of the codes; the codes are the sum of the planes, each shifted left by
+            its lift.
         bits: bits of a code (2 to 8).
         group: columns a group, 16 or 32.
         zero: the code that stands for 0.
@@ -115,7 +117,7 @@ class GroupedTensor:
         )
 
     def codes(self) -> NDArray[np.uint8]:
-        """All codes, [out_features, in_features] uint8: slow and obvious, for the reference backend and tests."""
+        """All codes, [out_features, in_features] uint8: slow and obvious."""
         total = np.zeros(self.shape, np.uint8)
         for plane in self.planes:
             value = (plane.data[:, :, plane.byte_of] ^ np.uint8(plane.flip)) >> plane.shift_of

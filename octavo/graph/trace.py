@@ -1,7 +1,7 @@
 """Tracing: run a model's declaration once and keep what it did as an immutable Graph.
 
-A Graph is a list of nodes in an order that satisfies their inputs, the named weights they read and the named values that a
-caller may ask for. It prints as text.
+A Graph is a list of nodes in an order that satisfies their inputs, the named weights they read and
+the named values that a caller may ask for. It prints as text.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Graph:
 
     Attributes:
         nodes: in execution order.
-        outputs: name → value id; a language model has "logits" [S, vocab_size] and "hidden" [T, hidden_size].
+        outputs: name → value id; a language model has "logits" [S, vocab_size] and "hidden" [T,
+            hidden_size].
         weights: name → shape that the declaration expects.
         cache_groups: one for a full-attention model.
     """
@@ -127,7 +128,7 @@ class Ops:
     def paged_attention(
         self, query: Value, key: Value, value: Value, layer: int, *, head_dim: int, scale: float
     ) -> Value:
-        """Attention over the KV cache; the cache of `layer` holds K and V of this step afterwards."""
+        """Attention over the KV cache, which holds K and V of this step afterwards."""
         operator = op.PagedAttention(
             layer, query.features // head_dim, key.features // head_dim, head_dim, scale
         )
@@ -139,7 +140,7 @@ class Ops:
         return self._add(op.SiluMul(), (gate, up), gate.features)
 
     def add(self, a: Value, b: Value) -> Value:
-        """a + b."""
+        """The sum of two values."""
         return self._add(op.Add(), (a, b), a.features)
 
     def select_rows(self, x: Value) -> Value:
