@@ -8,6 +8,7 @@ so that a second engine fits beside it. Imports no numpy.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -110,3 +111,22 @@ def available_memory() -> int:
 def plan_memory(asked_bytes: int | None) -> int:
     """Bytes that one engine's KV pool may take: what was asked, or a quarter of what is free."""
     return asked_bytes if asked_bytes is not None else available_memory() // 4
+
+
+_SIZE_SUFFIXES = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+
+def parse_size(text: str) -> int:
+    """A count of bytes or tokens as people write it: "4096", "32k" (32768), "1.5GiB", "2GB".
+
+    Raises:
+        ConfigError: it is not a number with a known suffix.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _SIZE_SUFFIXES:
+        raise ConfigError(f"{text!r} is not a size: write 4096, 32k or 4GiB")
+    return int(float(match[1]) * _SIZE_SUFFIXES[match[2].lower()])

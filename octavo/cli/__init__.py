@@ -1,0 +1,1 @@
+"""The command line: `octavo serve | chat | run | pull | list | rm | plan | bench`."""

@@ -1,0 +1,76 @@
+"""Say whether a model fits: its weights, KV bytes a token, the context. Loads nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from octavo.weights.loader import open_model
+
+from octavo.cli.options import add_model, human_number, resolve_model
+from octavo.cli.progress import human_bytes
+from octavo.config import available_memory, plan_memory
+from octavo.models import registry
+
+KV_ELEMENT_BYTES = 2  # the cache is fp16
+
+
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Print the plan as a table or as JSON."""
+    add_model(parser)
+    parser.add_argument(
+        "--memory", type=human_number, metavar="BYTES", help="KV cache, as of serve"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(arguments)
+    plan = make_plan(options.model, options.memory)
+    print(json.dumps(plan) if options.json else _table(plan))
+    return 0
+
+
+def make_plan(name: str, memory_bytes: int | None) -> dict[str, object]:
+    """The figures of the plan; sizes in bytes, lengths in tokens."""
+    files = open_model(resolve_model(name))
+    try:
+        model = registry.build(files.kind, files.architecture, files.config, files.names())
+        weights = sum(files.tensor(model.file_name(w)).nbytes for w in model.graph.weights)
+    finally:
+        files.close()
+    per_token = sum(g.bytes_per_token(KV_ELEMENT_BYTES) for g in model.graph.cache_groups)
+    pool, free = plan_memory(memory_bytes), available_memory()
+    longest = min(model.max_position_embeddings, pool // per_token)
+    return {
+        "model": name,
+        "architecture": files.architecture,
+        "parameters": model.num_parameters,
+        "weights_bytes": weights,
+        "kv_bytes_per_token": per_token,
+        "kv_pool_bytes": pool,
+        "kv_pool_tokens": pool // per_token,
+        "model_context": model.max_position_embeddings,
+        "context": longest,
+        "sequences_of_full_context": pool // per_token // max(longest, 1),
+        "free_bytes": free,
+        "fits": weights + per_token * longest < free,
+    }
+
+
+def _table(plan: dict[str, object]) -> str:
+    def size(key: str) -> str:
+        value = plan[key]
+        assert isinstance(value, int)
+        return human_bytes(value)
+
+    rows = [
+        ("model", f"{plan['model']} ({plan['architecture']}, {plan['parameters']:,} parameters)"),
+        ("weights", size("weights_bytes")),
+        ("KV cache a token", size("kv_bytes_per_token")),
+        ("KV pool", f"{size('kv_pool_bytes')}, {plan['kv_pool_tokens']:,} tokens"),
+        ("context", f"{plan['context']:,} of the model's {plan['model_context']:,} tokens"),
+        ("at full context", f"{plan['sequences_of_full_context']:,} sequences at once"),
+        ("memory free now", size("free_bytes")),
+        ("fits", "yes" if plan["fits"] else "no: take a smaller model or a smaller --memory"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
