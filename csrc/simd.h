@@ -301,6 +301,7 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 // dot(acc, w, x): acc + the sum of four products u8 * s8 a lane; x is the same four int8 in every lane. w <= 127 on
 // AVX2, whose 16-bit pairs saturate: eight-bit codes take dot_centred, whose w is code - 128 as int8 and whose x is
 // within +-127 (|w| times x with the sign of w moved onto it). low_nibbles and high_nibbles split 64 packed bytes.
+// dot_nibbles is dot for w <= 15 and at most eight calls a sum (a group of 32): AVX2 keeps 16-bit sums until widen().
 
 #if defined(OCTAVO_ISA_AVX512)
 
@@ -354,6 +355,17 @@ OCTAVO_INLINE u8x64 centre(u8x64 a) {  // code to code - 128 as int8
 }
 constexpr bool kDotTakesEightBits = false;
 
+struct nibble_sums { __m256i lo, hi; };  // 16 bits: 8 * 2 * 15 * 127 < 2**15
+OCTAVO_INLINE nibble_sums no_nibbles() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) {
+  return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
+          _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))};
+}
+OCTAVO_INLINE i32x16 widen(nibble_sums acc) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
+}
+
 #else
 
 OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) {
@@ -385,38 +397,74 @@ constexpr bool kDotTakesEightBits = true;
 
 #endif
 
+#if !defined(OCTAVO_ISA_AVX2)
+using nibble_sums = i32x16;
+OCTAVO_INLINE nibble_sums no_nibbles() { return set1_i32(0); }
+OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) { return dot(acc, w, x); }
+OCTAVO_INLINE i32x16 widen(nibble_sums acc) { return acc; }
+#endif
+
 // ---- written once over the above ----------------------------------------------------------------------------------
 
-OCTAVO_INLINE f32x16 abs(f32x16 a) { return f32_of_bits(bits_of(a) & set1_i32(0x7fffffff)); }
+// hsum: the sum of the lanes, i + i+8, i + i+4, i + i+2, i + i+1. hmax: the greatest (max as above, same order).
+// hsum_i32 and hmax_i32 are exact in any order.
+#if defined(OCTAVO_ISA_AVX512) || defined(OCTAVO_ISA_AVX2)
 
-// The sum of the lanes: i + i+8, i + i+4, i + i+2, i + i+1.
+#if defined(OCTAVO_ISA_AVX512)
+OCTAVO_INLINE __m256 low_half(f32x16 a) { return _mm512_castps512_ps256(a.v); }
+OCTAVO_INLINE __m256 high_half(f32x16 a) { return _mm512_extractf32x8_ps(a.v, 1); }
+OCTAVO_INLINE __m256i low_half(i32x16 a) { return _mm512_castsi512_si256(a.v); }
+OCTAVO_INLINE __m256i high_half(i32x16 a) { return _mm512_extracti32x8_epi32(a.v, 1); }
+#else
+OCTAVO_INLINE __m256 low_half(f32x16 a) { return a.lo; }
+OCTAVO_INLINE __m256 high_half(f32x16 a) { return a.hi; }
+OCTAVO_INLINE __m256i low_half(i32x16 a) { return a.lo; }
+OCTAVO_INLINE __m256i high_half(i32x16 a) { return a.hi; }
+#endif
 OCTAVO_INLINE float hsum(f32x16 a) {
-  float v[16];
-  store(v, a);
-  for (int width = 8; width >= 1; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] = v[i] + v[i + width];
-  }
-  return v[0];
+  const __m256 v8 = _mm256_add_ps(low_half(a), high_half(a));
+  const __m128 v4 = _mm_add_ps(_mm256_castps256_ps128(v8), _mm256_extractf128_ps(v8, 1));
+  const __m128 v2 = _mm_add_ps(v4, _mm_movehl_ps(v4, v4));
+  return _mm_cvtss_f32(_mm_add_ss(v2, _mm_movehdup_ps(v2)));
 }
-
-// The greatest lane (max as above, in the same order).
 OCTAVO_INLINE float hmax(f32x16 a) {
-  float v[16];
-  store(v, a);
-  for (int width = 8; width >= 1; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
-  }
-  return v[0];
+  const __m256 v8 = _mm256_max_ps(low_half(a), high_half(a));
+  const __m128 v4 = _mm_max_ps(_mm256_castps256_ps128(v8), _mm256_extractf128_ps(v8, 1));
+  const __m128 v2 = _mm_max_ps(v4, _mm_movehl_ps(v4, v4));
+  return _mm_cvtss_f32(_mm_max_ss(v2, _mm_movehdup_ps(v2)));
+}
+OCTAVO_INLINE int32_t hsum_i32(i32x16 a) {
+  const __m256i v8 = _mm256_add_epi32(low_half(a), high_half(a));
+  const __m128i v4 = _mm_add_epi32(_mm256_castsi256_si128(v8), _mm256_extracti128_si256(v8, 1));
+  const __m128i v2 = _mm_add_epi32(v4, _mm_shuffle_epi32(v4, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(v2, _mm_shuffle_epi32(v2, 0xb1)));
+}
+OCTAVO_INLINE int32_t hmax_i32(i32x16 a) {
+  const __m256i v8 = _mm256_max_epi32(low_half(a), high_half(a));
+  const __m128i v4 = _mm_max_epi32(_mm256_castsi256_si128(v8), _mm256_extracti128_si256(v8, 1));
+  const __m128i v2 = _mm_max_epi32(v4, _mm_shuffle_epi32(v4, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(v2, _mm_shuffle_epi32(v2, 0xb1)));
 }
 
-OCTAVO_INLINE int32_t hmax_i32(i32x16 a) {
-  int32_t v[16];
-  store_i32(v, a);
-  for (int width = 8; width >= 1; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
-  }
-  return v[0];
-}
+#else
+
+#define OCTAVO_REDUCE(expression)                                      \
+  for (int width = 8; width >= 1; width /= 2) {                        \
+    for (int i = 0; i < width; ++i) {                                  \
+      const auto x = a.v[i], y = a.v[i + width];                       \
+      a.v[i] = (expression);                                           \
+    }                                                                  \
+  }                                                                    \
+  return a.v[0]
+
+OCTAVO_INLINE float hsum(f32x16 a) { OCTAVO_REDUCE(x + y); }
+OCTAVO_INLINE float hmax(f32x16 a) { OCTAVO_REDUCE(x > y ? x : y); }
+OCTAVO_INLINE int32_t hsum_i32(i32x16 a) { OCTAVO_REDUCE(wrap(unwrap(x) + unwrap(y))); }
+OCTAVO_INLINE int32_t hmax_i32(i32x16 a) { OCTAVO_REDUCE(x > y ? x : y); }
+
+#endif
+
+OCTAVO_INLINE f32x16 abs(f32x16 a) { return f32_of_bits(bits_of(a) & set1_i32(0x7fffffff)); }
 
 // Adding this and looking at the low bits rounds |x| <= 2**21 to the nearest integer, ties to even.
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2**23, bits 0x4b400000
