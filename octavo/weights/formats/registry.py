@@ -1,0 +1,44 @@
+"""Which formats of tensors are supported: one line a family."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+from octavo.errors import ModelFileError
+from octavo.graph.tensors import StoredTensor
+from octavo.weights.formats.dense import DENSE, read_dense
+from octavo.weights.formats.k_quants import K_QUANTS
+from octavo.weights.formats.simple import SIMPLE
+from octavo.weights.mapping import TensorInfo
+
+BLOCKS = {layout.name: layout for layout in (*SIMPLE, *K_QUANTS)}
+
+SUPPORTED = (*DENSE, *BLOCKS)
+
+
+def read_tensor(info: TensorInfo, buffer: mmap.mmap) -> StoredTensor:
+    """See a tensor of a mapped file as its stored form; the file stays mapped while it lives.
+
+    Args:
+        info: its place, already checked against the file.
+        buffer: the whole file.
+
+    Raises:
+        ModelFileError: its format is not supported.
+    """
+    if info.type not in SUPPORTED:
+        raise ModelFileError(
+            f"tensor {info.name} has the format {info.type}, which is not supported; take a file "
+            f"that holds only {', '.join(SUPPORTED)}"
+        )
+    data = np.frombuffer(buffer, np.uint8, info.nbytes, info.offset)
+    if info.type in DENSE:
+        return read_dense(info.type, data, info.shape)
+    if len(info.shape) != 2:
+        raise ModelFileError(
+            f"tensor {info.name} in the format {info.type} has {len(info.shape)} dimensions, "
+            "only matrices are supported; take a file of another model"
+        )
+    return BLOCKS[info.type].read(data, (info.shape[0], info.shape[1]))

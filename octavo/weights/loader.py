@@ -1,0 +1,187 @@
+"""A model's files as one thing: what it is, its configuration, its tensors under their own names.
+
+Two kinds: a GGUF file, and a folder with config.json and safetensors. Knows no architecture: which
+tensors a model needs, under which names, is a matter of `models`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+from octavo.errors import ModelFileError
+from octavo.graph.tensors import StoredTensor
+from octavo.weights.formats.registry import read_tensor
+from octavo.weights.gguf import GGUFFile
+from octavo.weights.safetensors import SafetensorsFile, find_files
+
+_MAX_CONFIG_BYTES = 10_000_000
+
+
+class ModelFiles(Protocol):
+    """The files of one model, open."""
+
+    @property
+    def kind(self) -> Literal["gguf", "folder"]:
+        """Whose names the tensors have."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """The file's own word: "llama" in a GGUF file, "LlamaForCausalLM" in a folder."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """The GGUF metadata, or config.json."""
+        ...
+
+    def names(self) -> set[str]:
+        """The tensors' names."""
+        ...
+
+    def tensor(self, name: str) -> StoredTensor:
+        """A tensor as a view of the file, which stays mapped while the tensor lives.
+
+        Raises:
+            ModelFileError: there is no such tensor, or its format is not supported.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the files; tensors handed out stay valid."""
+        ...
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFiles:
+    """Open a GGUF file or a model's folder and check its structure.
+
+    Raises:
+        ModelFileError: something is missing, cut, corrupt or unsupported; one sentence with the
+        remedy.
+    """
+    path = Path(path)
+    try:
+        return _Folder(path) if path.is_dir() else _GGUF(path)
+    except OSError as error:
+        raise ModelFileError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
+
+
+class _GGUF:
+    """A model in one GGUF file."""
+
+    kind: Literal["gguf"] = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self._file = GGUFFile.open(path)
+        self.config: Mapping[str, object] = self._file.metadata
+        architecture = self.config.get("general.architecture")
+        parts = self.config.get("split.count", 1)
+        try:
+            if not isinstance(architecture, str):
+                raise ModelFileError(
+                    f'{path} does not say its "general.architecture"; convert the model anew'
+                )
+            if parts not in (0, 1):
+                raise ModelFileError(
+                    f"{path} is one of {parts} parts of a model; merge them into one file with "
+                    "`llama-gguf-split --merge`"
+                )
+        except ModelFileError:
+            self._file.close()
+            raise
+        self.architecture: str = architecture
+
+    def names(self) -> set[str]:
+        return set(self._file.tensors)
+
+    def tensor(self, name: str) -> StoredTensor:
+        info = self._file.tensors.get(name)
+        if info is None:
+            raise _missing(name, self._file.path)
+        return _read(info.name, self._file)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Folder:
+    """A model in a folder: config.json and safetensors."""
+
+    kind: Literal["folder"] = "folder"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.config: Mapping[str, object] = _read_config(path)
+        architectures = self.config.get("architectures")
+        if not isinstance(architectures, list) or not architectures:
+            raise ModelFileError(
+                f'{path / "config.json"} names no "architectures"; download it again'
+            )
+        self.architecture = str(architectures[0])
+        self._files: list[SafetensorsFile] = []
+        self._owners: dict[str, SafetensorsFile] = {}
+        try:
+            for file_path in find_files(path):
+                self._files.append(SafetensorsFile.open(file_path))
+            for file in self._files:
+                for name in file.tensors:
+                    if name in self._owners:
+                        raise ModelFileError(
+                            f"{path} has the tensor {name!r} in two files; download the model again"
+                        )
+                    self._owners[name] = file
+        except ModelFileError:
+            self.close()
+            raise
+
+    def names(self) -> set[str]:
+        return set(self._owners)
+
+    def tensor(self, name: str) -> StoredTensor:
+        file = self._owners.get(name)
+        if file is None:
+            raise _missing(name, self._path)
+        return _read(name, file)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _read(name: str, file: GGUFFile | SafetensorsFile) -> StoredTensor:
+    try:
+        return read_tensor(file.tensors[name], file.buffer)
+    except ModelFileError as error:
+        raise ModelFileError(f"{file.path}: {error}") from None
+
+
+def _missing(name: str, path: Path) -> ModelFileError:
+    return ModelFileError(f"{path} has no tensor {name!r}; download the model again")
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    """config.json of a model's folder."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError("too large")
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        remedy = (
+            f"give one of its GGUF files instead, such as {folder / files[0]}"
+            if files
+            else "give a folder with config.json and safetensors, or a GGUF file"
+        )
+        raise ModelFileError(f"{folder} has no config.json; {remedy}") from None
+    except (OSError, ValueError, RecursionError):
+        raise ModelFileError(f"{path} is not readable JSON; download it again") from None
+    if not isinstance(config, dict):
+        raise ModelFileError(f"{path} is not a JSON object; download it again")
+    return config
