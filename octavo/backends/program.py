@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.graph.tensors import StoredTensor
@@ -24,6 +24,8 @@ class CompileOptions:
         isa: "scalar", "avx2" or "avx512" forces one (tests); None takes the best.
         round_activations: reference backend alone: round the inputs of grouped products to int8 as
             the contract of Linear says.
+        cache_dtype: reference backend alone: how K and V are kept; the contract is float16, and
+            float32 is for comparing with implementations that keep no cache at all.
     """
 
     num_threads: int
@@ -33,6 +35,7 @@ class CompileOptions:
     max_model_len: int
     isa: str | None = None
     round_activations: bool = True
+    cache_dtype: Literal["f16", "f32"] = "f16"
 
 
 class Program(Protocol):
