@@ -1,0 +1,475 @@
+"""The scheduler: which tokens of which sequences are computed in the next step.
+
+There is no prefill phase and no decode phase. A sequence has `num_computed_tokens`, which catches
+up with its known tokens under one token budget a step; the step that reaches the last known token
+samples the next one. Chunked prefill, prefix caching and preemption follow from that one rule.
+
+1. First come running sequences with one token to compute, which is what decoding is: none of them
+   ever waits. Where a block is missing and none is free, the last running one in rank is preempted:
+   it loses its blocks and waits, with all its tokens, to be computed again.
+2. What is left of the budget is shared by the prompts: running ones and, as far as there are rows
+   and blocks, waiting ones; a quarter in order of rank, the rest to the shortest (see `policy`).
+
+A waiting sequence is admitted with blocks for all its known tokens, and only if one block for each
+running one stays free: so prompts never preempt each other, and newcomers seldom cause preemption.
+The first running one in rank is preempted by nobody and fits into the pool alone: it always
+progresses, hence all do. Knows ids only: no text, no tensors, no clock.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from octavo.config import EngineConfig
+from octavo.errors import InvalidRequestError, OverloadedError
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.scheduler.limits import RequestLimits
+from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
+from octavo.scheduler.request import Request, Sequence, Status
+from octavo.scheduler.waiting import DrainRate, RankedList
+from octavo.types import (
+    Capacity,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    ModelOutput,
+    NewSequence,
+    SampledTokens,
+    ScheduledSequence,
+    SchedulerOutput,
+    TokenUpdate,
+)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step while it is planned and until it has returned.
+
+    Attributes:
+        num_left: what is left of the token budget.
+        may_admit: nobody has been preempted or turned away in this step yet.
+        admitted_blocks: the first blocks of each sequence that was admitted.
+        unsampled: sequences of which only a part of the prompt is computed.
+    """
+
+    now: float
+    num_left: int
+    may_admit: bool = True
+    new_sequences: list[NewSequence] = field(default_factory=list)
+    admitted_blocks: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    unsampled: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the waiting queue, the running list and the KV blocks.
+
+    The engine calls `schedule`, has the plan computed and calls `update` with the result, one step
+    at a time; `add` and `abort` may come at any moment, also while a step is in flight.
+    """
+
+    def __init__(
+        self, config: EngineConfig, capacity: Capacity, eos_token_ids: frozenset[int]
+    ) -> None:
+        """Start without requests.
+
+        Args:
+            config: gives the limits of a step and of the queue, the policy and the prefix cache.
+            capacity: gives the KV pool and max_model_len.
+            eos_token_ids: tokens that end a sequence unless its request ignores them.
+        """
+        self._config = config
+        self._block_size = capacity.block_size
+        self._limits = RequestLimits(capacity)
+        self._eos_token_ids = eos_token_ids
+        self._cache = KVCacheManager(
+            capacity.num_blocks, capacity.block_size, config.use_prefix_cache
+        )
+        self._requests: dict[str, Request] = {}
+        self._waiting = RankedList()
+        self._shares = PromptShares()
+        self._drain_rate = DrainRate()
+        self._running: list[Sequence] = []  # In the order of rank.
+        # With no more rows than the budget has tokens, every decode finds its token.
+        num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._rows: list[Sequence | None] = [None] * num_rows
+        self._free_rows = list(range(num_rows))[::-1]
+        self._finished_rows: list[int] = []  # Since the last plan.
+        self._in_flight: _Step | None = None
+        self._aborted_in_flight: list[Sequence] = []
+        self._num_arrivals = 0
+        self._num_unstarted_requests = 0
+        self._num_alive_sequences = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+
+    # ---- Requests come and go ------------------------------------------------------------------
+
+    def add(self, request: EngineRequest, now: float) -> None:
+        """Accept a request, or raise and change nothing.
+
+        Raises:
+            InvalidRequestError: the id is in use, the prompt is empty, or a number makes no sense.
+            ContextLengthError: it could never fit, with the numbers.
+            OverloadedError: the waiting queue is full; says when to come back.
+        """
+        self._limits.check(request)
+        self._check_queue(request, now)
+        params = request.params
+        eos_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        record = Request(
+            request_id=request.request_id,
+            params=params,
+            num_prompt_tokens=len(request.prompt_ids),
+            eos_ids=eos_ids,
+            stop_ids=eos_ids.union(params.stop_token_ids),
+            num_unfinished=params.n,
+        )
+        record.sequences = self._make_sequences(record, request)
+        self._requests[request.request_id] = record
+        self._num_arrivals += 1
+        self._num_unstarted_requests += 1
+        self._num_alive_sequences += params.n
+        has_full_block = len(request.prompt_ids) > self._block_size
+        is_shared = self._config.use_prefix_cache and has_full_block
+        self._release(record, 1 if is_shared else params.n)
+
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenUpdate]:
+        """End a request, or one sequence of it, and return the last update of each that ends.
+
+        Blocks are free at once; those of a step in flight when it returns. An unknown request is no
+        fault: it may just have ended.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        updates = []
+        for seq in request.sequences:
+            if seq.status is not Status.FINISHED and index in (None, seq.index):
+                self._end(seq)
+                updates.append(TokenUpdate(request_id, seq.index, finish_reason="abort"))
+        return updates
+
+    def has_work(self) -> bool:
+        """Whether a request is alive, so that `schedule` will plan something."""
+        return bool(self._requests)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._cache.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the scheduler's share of the statistics."""
+        num_running = len(self._running) - len(self._aborted_in_flight)
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=self._num_alive_sequences - num_running,
+            num_blocks=self._cache.num_blocks,
+            num_blocks_used=self._cache.num_referenced_blocks,
+            num_blocks_cached=self._cache.num_cached_idle_blocks,
+            num_preemptions=self._num_preemptions,
+            prompt_tokens=self._num_prompt_tokens,
+            generation_tokens=self._num_generation_tokens,
+            prefix_cache_queries=self._cache.num_queried_tokens,
+            prefix_cache_hits=self._cache.num_hit_tokens,
+        )
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two calls; slow, for tests."""
+        self._cache.check_invariants(seq.table for seq in self._running)
+        assert self._running == sorted(self._running, key=by_rank)
+        assert len(self._running) + len(self._free_rows) == len(self._rows)
+        for seq in self._running:
+            assert self._rows[seq.row] is seq
+            assert seq.num_computed_tokens <= len(seq.token_ids) <= seq.max_num_tokens
+            num_slots = len(seq.table.block_ids) * self._block_size
+            assert seq.num_computed_tokens <= num_slots, "a computed token has no slot"
+        num_held = sum(len(request.held) for request in self._requests.values())
+        assert self.stats().num_waiting == len(self._waiting) + num_held
+        assert self._num_unstarted_requests == sum(
+            not request.is_started for request in self._requests.values()
+        )
+
+    # ---- One step ------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> SchedulerOutput:
+        """Plan the next step; `update` must follow before the next call.
+
+        Args:
+            now: seconds on any clock that only goes forward.
+        """
+        assert self._in_flight is None, "the last step has not returned"
+        step = _Step(now, self._config.max_num_batched_tokens)
+        prompts = self._schedule_decodes(step)
+        if step.num_left:
+            self._schedule_prompts(step, prompts)
+        if not step.scheduled:
+            return SchedulerOutput()
+        finished_rows, self._finished_rows = self._finished_rows, []
+        self._in_flight = step
+        return SchedulerOutput(
+            finished_rows=tuple(finished_rows),
+            new_sequences=tuple(step.new_sequences),
+            scheduled=tuple(step.scheduled),
+        )
+
+    def update(self, output: ModelOutput) -> list[TokenUpdate]:
+        """Take the result of the step in flight: append tokens, end sequences, free blocks."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return []
+        for seq in step.unsampled:
+            self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
+        updates = []
+        for sampled in output.sampled:
+            row_seq = self._rows[sampled.row]
+            assert row_seq is not None, "a token for a row that is not in use"
+            if row_seq.status is Status.RUNNING:  # Else it was aborted meanwhile.
+                updates.append(self._accept(row_seq, sampled))
+        for seq in self._aborted_in_flight:
+            self._give_back(seq)
+        self._aborted_in_flight.clear()
+        return updates
+
+    # ---- Planning ------------------------------------------------------------------------------
+
+    def _schedule_decodes(self, step: _Step) -> list[Sequence]:
+        """Give a token to every running sequence that has one to compute; return the others."""
+        prompts = []
+        scheduled, block_size = step.scheduled, self._block_size
+        # NOTE: preemption shortens the list from its end while we walk it; a list allows that.
+        for seq in self._running:
+            num_tokens = len(seq.token_ids)
+            num_computed = seq.num_computed_tokens
+            if num_tokens - num_computed > 1:
+                prompts.append(seq)
+                continue
+            new_blocks: tuple[int, ...] = ()
+            if num_tokens > len(seq.table.block_ids) * block_size:
+                grown = self._grow(seq, step)
+                if grown is None:
+                    break  # It was the last one in rank, and the one that had to go.
+                new_blocks = grown
+            scheduled.append(ScheduledSequence(seq.row, num_computed, 1, new_blocks, True))
+            seq.num_computed_tokens = num_tokens
+        step.num_left -= len(scheduled)
+        return prompts
+
+    def _schedule_prompts(self, step: _Step, prompts: list[Sequence]) -> None:
+        """Share what is left of the budget between running prompts and waiting sequences."""
+        if step.may_admit:
+            prompts += self._waiting.first(len(self._free_rows))
+        shares: dict[Sequence, int] = {}
+        if len(prompts) > 1:
+            guaranteed = self._shares.take_guaranteed(step.num_left)
+            self._share_out(step, sorted(prompts, key=by_rank), guaranteed, shares)
+            prompts.sort(key=by_remaining)
+        self._share_out(step, prompts, step.num_left, shares)
+        for seq, num_new in shares.items():
+            self._schedule_chunk(step, seq, num_new)
+
+    def _share_out(
+        self, step: _Step, prompts: list[Sequence], num_tokens: int, shares: dict[Sequence, int]
+    ) -> None:
+        """Hand out `num_tokens` in the given order; who still waits is admitted at its turn."""
+        for seq in prompts:
+            if num_tokens == 0:
+                return
+            if seq.status is Status.WAITING and not self._admit(seq, step):
+                continue
+            has = shares.get(seq, 0)
+            gets = min(num_tokens, seq.num_remaining_tokens - has)
+            shares[seq] = has + gets
+            step.num_left -= gets
+            num_tokens -= gets
+
+    def _schedule_chunk(self, step: _Step, seq: Sequence, num_new: int) -> None:
+        """Plan the next `num_new` tokens of a prompt."""
+        num_computed = seq.num_computed_tokens
+        seq.num_computed_tokens = num_computed + num_new
+        is_sampling = seq.num_computed_tokens == len(seq.token_ids)
+        new_blocks = step.admitted_blocks.get(seq, ())
+        step.scheduled.append(
+            ScheduledSequence(seq.row, num_computed, num_new, new_blocks, is_sampling)
+        )
+        if not is_sampling:
+            step.unsampled.append(seq)
+
+    def _admit(self, seq: Sequence, step: _Step) -> bool:
+        """Give a waiting sequence a row, its cached prefix and blocks for all its known tokens.
+
+        When one finds no room, nobody after it is admitted in this step either: smaller ones would
+        overtake it for ever.
+        """
+        if not step.may_admit:
+            return False
+        prefix = self._cache.match_prefix(seq.table, seq.token_ids)
+        new_blocks = self._cache.allocate(
+            seq.table, len(seq.token_ids), prefix, num_reserved_blocks=len(self._running)
+        )
+        if new_blocks is None:
+            step.may_admit = False
+            return False
+        self._waiting.remove(seq)
+        self._start(seq, prefix.num_tokens, step.now)
+        step.admitted_blocks[seq] = new_blocks
+        step.new_sequences.append(
+            NewSequence(
+                row=seq.row,
+                index=seq.index,
+                token_ids=seq.token_ids.tolist(),
+                num_prompt_tokens=seq.request.num_prompt_tokens,
+                params=seq.request.params,
+            )
+        )
+        return True
+
+    def _start(self, seq: Sequence, num_cached: int, now: float) -> None:
+        """Move a sequence, just out of the queue and with its blocks, into a row."""
+        request = seq.request
+        if not request.is_started:
+            request.is_started = True
+            request.num_cached_tokens = num_cached
+            self._num_unstarted_requests -= 1
+            self._num_prompt_tokens += request.num_prompt_tokens
+            self._drain_rate.note_start(now)
+        seq.num_computed_tokens = num_cached
+        seq.status = Status.RUNNING
+        seq.row = self._free_rows.pop()
+        self._rows[seq.row] = seq
+        insort(self._running, seq, key=by_rank)
+
+    def _grow(self, seq: Sequence, step: _Step) -> tuple[int, ...] | None:
+        """Get the block for a running sequence's next token, at the cost of the last ones in rank.
+
+        Returns:
+            The new block ids; None if the sequence was itself the last one and has been preempted.
+        """
+        while (new_blocks := self._cache.allocate(seq.table, len(seq.token_ids))) is None:
+            step.may_admit = False
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return None
+        return new_blocks
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take row and blocks from a running sequence; it waits with the tokens that it has."""
+        self._num_preemptions += 1
+        self._give_back(seq)
+        seq.num_computed_tokens = 0
+        self._wait(seq)
+
+    # ---- Taking results ------------------------------------------------------------------------
+
+    def _accept(self, seq: Sequence, sampled: SampledTokens) -> TokenUpdate:
+        """Append what was sampled for a running sequence, and end it if that ends it."""
+        (token_id,) = sampled.token_ids
+        request, table = seq.request, seq.table
+        if token_id < 0:
+            self._cache.forget(table)  # Its K and V may be as broken as its logits.
+            self._end(seq)
+            return TokenUpdate(request.request_id, seq.index, finish_reason="error")
+        if seq.num_computed_tokens // self._block_size > table.num_committed_blocks:
+            self._cache.commit(table, seq.token_ids, seq.num_computed_tokens)
+        seq.token_ids.append(token_id)
+        self._num_generation_tokens += 1
+        num_tokens = len(seq.token_ids)
+        num_output = num_tokens - request.num_prompt_tokens
+        finish_reason: FinishReason | None = None
+        stop_token_id = None
+        if token_id in request.stop_ids and num_output > request.params.min_tokens:
+            finish_reason = "stop"
+            stop_token_id = None if token_id in request.eos_ids else token_id
+        elif num_tokens >= seq.max_num_tokens:
+            finish_reason = "length"
+        if num_output == 1:
+            self._release(request, request.params.n)
+        if finish_reason is not None:
+            self._end(seq)
+        return TokenUpdate(
+            request.request_id,
+            seq.index,
+            sampled.token_ids,
+            sampled.logprobs,
+            finish_reason,
+            stop_token_id,
+            request.num_cached_tokens if num_output == 1 else 0,
+        )
+
+    def _end(self, seq: Sequence) -> None:
+        """Finish a sequence, wherever it stands; the request is forgotten with its last one."""
+        request, status = seq.request, seq.status
+        seq.status = Status.FINISHED
+        if status is Status.WAITING:
+            self._waiting.remove(seq)
+        elif status is Status.RUNNING and self._in_flight is None:
+            self._give_back(seq)
+        elif status is Status.RUNNING:
+            self._aborted_in_flight.append(seq)
+        if status is not Status.HELD:
+            self._release(request, 1)  # If others were held, it was for this one.
+        self._num_alive_sequences -= 1
+        request.num_unfinished -= 1
+        if request.num_unfinished == 0:
+            del self._requests[request.request_id]
+            self._num_unstarted_requests -= not request.is_started
+
+    def _give_back(self, seq: Sequence) -> None:
+        """Take a sequence out of its row and free its blocks."""
+        del self._running[bisect_left(self._running, seq.rank, key=by_rank)]
+        self._cache.free(seq.table)
+        self._rows[seq.row] = None
+        self._free_rows.append(seq.row)
+        self._finished_rows.append(seq.row)
+        seq.row = -1
+
+    # ---- Small things --------------------------------------------------------------------------
+
+    def _check_queue(self, request: EngineRequest, now: float) -> None:
+        """Raise if the request's id is in use or the waiting queue is full."""
+        if request.request_id in self._requests:
+            raise InvalidRequestError(
+                f"a request with the id {request.request_id!r} is running", param="request_id"
+            )
+        if self._num_unstarted_requests >= self._config.max_num_waiting:
+            retry_after_s = self._drain_rate.seconds_until_drained(
+                self._num_unstarted_requests, now
+            )
+            raise OverloadedError(
+                f"{self._num_unstarted_requests} requests are waiting, no more are accepted: "
+                f"try again in {retry_after_s:.0f} s",
+                retry_after_s=retry_after_s,
+            )
+
+    def _make_sequences(self, record: Request, request: EngineRequest) -> list[Sequence]:
+        """The sequences of a new request, all of them held."""
+        rank = urgency(self._config.policy, request.priority), self._num_arrivals
+        prompt = array("i", request.prompt_ids)
+        return [
+            Sequence(
+                request=record,
+                index=index,
+                rank=(*rank, index),
+                token_ids=prompt[:],
+                max_num_tokens=self._limits.max_num_tokens(request),
+                table=self._cache.new_table(),
+                status=Status.HELD,
+            )
+            for index in range(request.params.n)
+        ]
+
+    def _release(self, request: Request, count: int) -> None:
+        """Let the first `count` sequences of a request that are held wait in the queue."""
+        for seq in request.held[:count]:
+            self._wait(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        """Put a sequence that holds nothing into the queue."""
+        prefix = self._cache.match_prefix(seq.table, seq.token_ids)
+        seq.num_expected_tokens = len(seq.token_ids) - prefix.num_tokens
+        seq.status = Status.WAITING
+        self._waiting.add(seq)
