@@ -197,6 +197,7 @@ class RequestRejected(msgspec.Struct, frozen=True, tag="rejected"):
     message: str
     param: str | None = None
     code: str | None = None
+    retry_after_s: float = 1.0
 
 
 ToEngine = StartEngine | AddRequest | AbortRequest

@@ -1,0 +1,150 @@
+"""EngineCore: a scheduler and an executor, and the loop that joins them. Knows ids, no text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+import msgspec
+
+from octavo.config import EngineConfig
+from octavo.errors import ModelFileError
+from octavo.runner.executor import InProcessExecutor
+from octavo.scheduler.scheduler import Scheduler
+from octavo.tokenizer.load import eos_token_ids
+from octavo.types import (
+    Capacity,
+    EngineRequest,
+    EngineStats,
+    ModelOutput,
+    NewSequence,
+    SamplingParams,
+    ScheduledSequence,
+    SchedulerOutput,
+    TokenUpdate,
+)
+
+PhaseProgress = Callable[[str, float], None]
+"""Called with the name of the phase of loading and the fraction of it that is done."""
+
+
+class Executor(Protocol):
+    """Where steps are computed."""
+
+    def start(self) -> Capacity:
+        """Load the model; raises ConfigError."""
+        ...
+
+    def submit(self, plan: SchedulerOutput) -> Future[ModelOutput]:
+        """Begin a step."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
+
+class EngineCore:
+    """An engine in the caller's thread: add requests, call `step` while `has_work`.
+
+    A step that raises has broken the engine: close it.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        capacity: Capacity,
+        clock: Callable[[], float],
+    ) -> None:
+        """Join a started executor with a scheduler of its capacity; `load` does both."""
+        self._executor = executor
+        self._scheduler = scheduler
+        self.capacity = capacity
+        self._clock = clock
+        self._num_steps = 0
+        self._step_time_s = 0.0
+
+    @classmethod
+    def load(
+        cls,
+        config: EngineConfig,
+        *,
+        progress: PhaseProgress = lambda phase, fraction: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> EngineCore:
+        """Load a model, allocate its KV pool and decode one token.
+
+        Raises:
+            ConfigError: the model cannot be loaded as asked.
+        """
+        eos = eos_token_ids(config.model)
+        executor = InProcessExecutor(config, eos, progress)
+        try:
+            capacity = executor.start()
+            progress("warm-up", 0.0)
+            warm_up(executor)
+        except BaseException:
+            executor.close()
+            raise
+        return cls(executor, Scheduler(config, capacity, eos), capacity, clock)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request; raises a RequestError if it could never run or the queue is full."""
+        self._scheduler.add(request, self._clock())
+
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenUpdate]:
+        """End a request, or one sequence of it; return the last update of each that ends.
+
+        A request that is unknown, or has ended, is no fault.
+        """
+        return self._scheduler.abort(request_id, index)
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return self._scheduler.has_work()
+
+    def step(self) -> list[TokenUpdate]:
+        """Compute one step and return what it added to each sequence."""
+        began = self._clock()
+        plan = self._scheduler.schedule(now=began)
+        output = self._executor.submit(plan).result()
+        updates = self._scheduler.update(output)
+        self._num_steps += 1
+        self._step_time_s += self._clock() - began
+        return updates
+
+    def stats(self) -> EngineStats:
+        """A snapshot of gauges and counters."""
+        return msgspec.structs.replace(
+            self._scheduler.stats(), num_steps=self._num_steps, step_time_s=self._step_time_s
+        )
+
+    def close(self) -> None:
+        """Free the model; idempotent."""
+        self._executor.close()
+
+
+def warm_up(executor: Executor) -> None:
+    """Decode one token outside of any request: the proof that the model runs.
+
+    It writes to block 0, which no sequence owns yet, and leaves no row behind.
+    """
+    row = NewSequence(
+        row=0,
+        index=0,
+        token_ids=[0],
+        num_prompt_tokens=1,
+        params=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
+    )
+    plan = SchedulerOutput(
+        new_sequences=(row,), scheduled=(ScheduledSequence(0, 0, 1, (0,), True),)
+    )
+    output = executor.submit(plan).result()
+    executor.submit(SchedulerOutput(finished_rows=(0,))).result()
+    if output.sampled[0].token_ids[0] < 0:
+        raise ModelFileError(
+            "the first logits are not finite: the weights are damaged; fetch the model again"
+        )

@@ -1,0 +1,317 @@
+"""LLM: a model in this very process, for scripts and notebooks: prompts in, answers out."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+import msgspec
+
+from octavo.config import EngineConfig, available_cpus, parse_size, plan_memory
+from octavo.engine.core import EngineCore
+from octavo.engine.output import OutputProcessor
+from octavo.engine.validation import complete_request
+from octavo.errors import ConfigError, InvalidRequestError
+from octavo.tokenizer.load import Tokenizer, load_tokenizer
+from octavo.types import (
+    Capacity,
+    CompletionOutput,
+    OutputDelta,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+)
+from octavo.weights import source
+
+Prompt = str | Mapping[str, Any]
+"""Text, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+Message = Mapping[str, Any]
+
+
+class LLMOptions(TypedDict, total=False):
+    """What `LLM` can be told beside the model: meanings and defaults as in `EngineConfig`."""
+
+    memory: str | int | None
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    threads: int | None
+    block_size: int
+    prefix_cache: bool
+    backend: Literal["cpu", "reference"]
+
+
+class LLM:
+    """A language model that answers many prompts at once.
+
+    >>> with LLM("smollm2") as llm:
+    ...     [answer] = llm.generate("The capital of France is", SamplingParams(temperature=0))
+    """
+
+    def __init__(self, model: str = "smollm2", **options: Unpack[LLMOptions]) -> None:
+        """Load a model: a folder, a GGUF file, hf:org/repo[:file] or a known name.
+
+        Raises:
+            ConfigError: the model cannot be loaded as asked; the message has cause and remedy.
+        """
+        config = engine_config(model, options)
+        self.tokenizer: Tokenizer = load_tokenizer(config.model)
+        self._core = EngineCore.load(config)
+        self._numbers = itertools.count()
+        self._is_closed = False
+
+    @property
+    def capacity(self) -> Capacity:
+        """What the engine can hold."""
+        return self._core.capacity
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts; answers come in the prompts' order, one even for a single prompt.
+
+        Args:
+            prompts: one or many: text, or {"prompt_token_ids": [...]}.
+            sampling_params: one for all, or one each; the default samples 16 tokens at temperature
+                1.
+            use_tqdm: show progress if standard error is a terminal.
+
+        Raises:
+            InvalidRequestError: a prompt or a parameter is at fault; nothing has been computed.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        texts, ids = [], []
+        for prompt in many:
+            text, prompt_ids = self._encode(prompt)
+            texts.append(text)
+            ids.append(prompt_ids)
+        return self._run(texts, ids, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many, through the model's chat template.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or as in `generate`.
+        """
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise InvalidRequestError(
+                "this model has no chat template; use generate", param="messages"
+            )
+        if not messages:
+            raise InvalidRequestError("messages is empty", param="messages")
+        is_single = isinstance(messages[0], Mapping)
+        many: list[Any] = [messages] if is_single else list(messages)
+        spans = [template.render(list(conversation)) for conversation in many]
+        texts: list[str | None] = ["".join(span.text for span in one) for one in spans]
+        ids = [self.tokenizer.encode_spans(one) for one in spans]
+        return self._run(texts, ids, sampling_params, use_tqdm)
+
+    def close(self) -> None:
+        """Free the model; idempotent."""
+        self._is_closed = True
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        """Use as a context manager."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Free the model."""
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown or len(prompt) == 0:
+            raise InvalidRequestError(
+                'a prompt is text, {"prompt": text} or {"prompt_token_ids": ids}', param="prompt"
+            )
+        text = prompt.get("prompt")
+        ids = prompt.get("prompt_token_ids")
+        return text, list(ids) if ids is not None else self.tokenizer.encode(str(text))
+
+    def _run(
+        self,
+        texts: list[str | None],
+        ids: list[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        assert not self._is_closed, "this LLM is closed"
+        params = _per_prompt(sampling_params, len(ids))
+        requests = [
+            complete_request(str(next(self._numbers)), prompt_ids, one, self.capacity)
+            for prompt_ids, one in zip(ids, params, strict=True)
+        ]
+        processor = OutputProcessor(self.tokenizer)
+        answers: dict[str, RequestAnswer] = {}
+        advance, finish = _progress_bar(len(requests) if use_tqdm else 0)
+        try:
+            for request, text in zip(requests, texts, strict=True):
+                name = request.request_id
+                processor.add(name, len(request.prompt_ids), request.params)
+                answers[name] = RequestAnswer(name, text, request.prompt_ids, request.params)
+                self._core.add(request)
+            self._drain(processor, answers, advance)
+        except BaseException:
+            for name in answers:
+                self._core.abort(name)
+            raise
+        finally:
+            finish()
+        return [answer.finished() for answer in answers.values()]
+
+    def _drain(
+        self,
+        processor: OutputProcessor,
+        answers: dict[str, RequestAnswer],
+        advance: Callable[[], None],
+    ) -> None:
+        while self._core.has_work():
+            for update in self._core.step():
+                result = processor.process(update)
+                if result.delta is None:
+                    continue
+                answers[update.request_id].add(result.delta)
+                if result.is_stopped_here:
+                    self._core.abort(update.request_id, update.index)
+                if result.is_request_finished:
+                    advance()
+
+
+@dataclass(slots=True)
+class SequenceAnswer:
+    """One sequence while it grows."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: OutputDelta | None = None
+
+
+class RequestAnswer:
+    """Collects the deltas of one request."""
+
+    def __init__(
+        self, request_id: str, prompt: str | None, prompt_ids: list[int], params: SamplingParams
+    ) -> None:
+        """Begin with nothing."""
+        self._request_id = request_id
+        self._prompt = prompt
+        self._prompt_ids = prompt_ids
+        self._params = params
+        self._sequences = [SequenceAnswer() for _ in range(params.n)]
+
+    def add(self, delta: OutputDelta) -> None:
+        """Append what is new."""
+        sequence = self._sequences[delta.index]
+        sequence.texts.append(delta.text)
+        sequence.token_ids.extend(delta.token_ids)
+        sequence.logprobs.extend(delta.logprobs)
+        sequence.last = delta
+
+    def finished(self) -> RequestOutput:
+        """The whole answer, once every sequence has ended."""
+        outputs = []
+        num_cached_tokens = 0
+        for index, sequence in enumerate(self._sequences):
+            last = sequence.last
+            assert last is not None and last.finish_reason is not None
+            if index == 0:
+                num_cached_tokens = last.num_cached_tokens
+            outputs.append(
+                CompletionOutput(
+                    index=index,
+                    text="".join(sequence.texts),
+                    token_ids=tuple(sequence.token_ids),
+                    logprobs=None if self._params.logprobs is None else tuple(sequence.logprobs),
+                    finish_reason=last.finish_reason,
+                    stop_reason=last.stop_reason,
+                )
+            )
+        return RequestOutput(
+            request_id=self._request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_ids,
+            outputs=outputs,
+            num_cached_tokens=num_cached_tokens,
+        )
+
+
+def engine_config(model: str, options: LLMOptions) -> EngineConfig:
+    """The configuration of an engine in this process; fetches the model if needed.
+
+    Raises:
+        ConfigError: an option is unknown or wrong, or the model cannot be had.
+    """
+    unknown = set(options) - set(LLMOptions.__annotations__)
+    if unknown:
+        raise ConfigError(
+            f"LLM has no option {', '.join(sorted(unknown))}; known are "
+            f"{', '.join(LLMOptions.__annotations__)}"
+        )
+    memory = options.get("memory")
+    threads = options.get("threads")
+    renamed = {"memory", "threads", "prefix_cache"}
+    others = {name: value for name, value in options.items() if name not in renamed}
+    path = source.resolve(model)
+    values: dict[str, Any] = {
+        "model": str(path),
+        "served_name": model,
+        "memory_bytes": plan_memory(parse_size(memory) if isinstance(memory, str) else memory),
+        "num_threads": available_cpus() if threads is None else threads,
+        "max_num_waiting": sys.maxsize,
+        "use_prefix_cache": options.get("prefix_cache", True),
+        **others,
+    }
+    try:
+        return msgspec.convert(values, EngineConfig).validate()
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"an option of LLM is wrong: {error}") from None
+
+
+def _per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequestError(
+            f"{len(params)} SamplingParams for {count} prompts; give one, or one each",
+            param="sampling_params",
+        )
+    return list(params)
+
+
+def _progress_bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Functions that advance and end a progress bar; they do nothing off a terminal."""
+    if total == 0 or not sys.stderr.isatty():
+        return (lambda: None), (lambda: None)
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
+    except ImportError:
+        return (lambda: None), (lambda: None)
+    bar = tqdm(total=total, unit="prompt", dynamic_ncols=True)
+
+    def advance() -> None:
+        bar.update()
+
+    return advance, bar.close

@@ -1,0 +1,1 @@
+"""The runner: a SchedulerOutput becomes arrays, a Program runs on them, tokens come back."""

@@ -1,0 +1,109 @@
+"""The rows that the runner remembers between steps, and how a step's Batch is built from them.
+
+Every array is allocated once for all rows (untouched pages cost nothing); a step is a handful of
+numpy calls, whatever the mixture of prefill and decode. Knows no request, policy or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.graph.batch import Batch, Int32
+from octavo.types import NewSequence, ScheduledSequence, SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Which rows of a Batch are sampled, in the order of its logits_rows.
+
+    Attributes:
+        rows: [S], the runner's row.
+        positions: [S] int32, of the token to be sampled.
+    """
+
+    rows: NDArray[np.intp]
+    positions: Int32
+
+
+class RowTable:
+    """Token ids and block table of every row.
+
+    A row is in use from its NewSequence until it stands in finished_rows; its number is below
+    `num_rows`.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
+        """Allocate for `num_rows` sequences of at most `max_model_len` tokens."""
+        self.block_size = block_size
+        max_blocks = -(-max_model_len // block_size)
+        # One column more than a sequence can have: the token sampled last is kept even when it ends
+        # the sequence.
+        self.token_ids: Int32 = np.zeros((num_rows, max_model_len + 1), np.int32)
+        self._block_tables: Int32 = np.zeros((num_rows, max_blocks), np.int32)
+        self._num_blocks = [0] * num_rows
+
+    def insert(self, sequence: NewSequence) -> None:
+        """Take in a sequence with all of its tokens; its block table is empty."""
+        row = sequence.row
+        self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        self._block_tables[row, : self._num_blocks[row]] = 0
+        self._num_blocks[row] = 0
+
+    def append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
+        """Append to the block table of a row."""
+        start = self._num_blocks[row]
+        end = start + len(block_ids)
+        self._block_tables[row, start:end] = block_ids
+        self._num_blocks[row] = end
+
+    def append_tokens(self, sampled: SampledRows, token_ids: Int32) -> None:
+        """Write each sampled token behind the tokens of its row."""
+        self.token_ids[sampled.rows, sampled.positions] = token_ids
+
+    def build(self, plan: SchedulerOutput) -> tuple[Batch, SampledRows]:
+        """Append the plan's new blocks; return the step's arrays and which rows are sampled."""
+        scheduled = plan.scheduled
+        for item in scheduled:
+            if item.new_block_ids:
+                self.append_blocks(item.row, item.new_block_ids)
+        rows, computed, new, is_sampling = _columns(scheduled)
+        start = np.zeros(len(scheduled) + 1, np.int32)
+        np.cumsum(new, out=start[1:])
+        num_tokens = int(start[-1])
+        if num_tokens == len(scheduled):  # every row adds one token
+            token_rows, positions = rows, computed
+        else:
+            token_rows = np.repeat(rows, new)
+            positions = np.arange(num_tokens, dtype=np.int32)
+            positions += np.repeat(computed - start[:-1], new)
+        block, offset = np.divmod(positions, np.int32(self.block_size))
+        slots = self._block_tables[token_rows, block]
+        slots *= self.block_size
+        slots += offset
+        seq_lens = computed + new
+        num_blocks = -(-int(seq_lens.max()) // self.block_size)
+        sampling = np.flatnonzero(is_sampling)
+        batch = Batch(
+            token_ids=self.token_ids[token_rows, positions],
+            positions=positions[None, :],
+            query_start_loc=start,
+            seq_lens=seq_lens,
+            block_tables=(self._block_tables[rows, :num_blocks],),
+            slot_mapping=(slots,),
+            logits_rows=start[1:][sampling] - np.int32(1),
+        )
+        return batch, SampledRows(rows[sampling], seq_lens[sampling])
+
+
+def _columns(
+    scheduled: Sequence[ScheduledSequence],
+) -> tuple[NDArray[np.intp], Int32, Int32, NDArray[np.bool_]]:
+    table = np.array(
+        [(s.row, s.num_computed_tokens, s.num_new_tokens, s.is_sampling) for s in scheduled],
+        np.int32,
+    ).T.copy()
+    return table[0].astype(np.intp), table[1], table[2], table[3].astype(np.bool_)

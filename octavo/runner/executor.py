@@ -1,0 +1,76 @@
+"""InProcessExecutor: the model in this very process, one step at a time (depth 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+
+from octavo.config import EngineConfig
+from octavo.runner.loading import PhaseProgress, load
+from octavo.runner.runner import Runner
+from octavo.types import Capacity, ModelOutput, SchedulerOutput
+
+
+class InProcessExecutor:
+    """Loads a model at `start` and computes steps in the caller's thread."""
+
+    def __init__(
+        self, config: EngineConfig, eos_token_ids: Iterable[int], progress: PhaseProgress
+    ) -> None:
+        """Keep what `start` needs; nothing is read yet."""
+        self._config = config
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._progress = progress
+        self._runner: Runner | None = None
+        self._close = _nothing
+
+    def start(self) -> Capacity:
+        """Load the model, allocate the KV pool and tell what fits.
+
+        Raises:
+            ConfigError: the model cannot be loaded as asked (ModelFileError: its files are at
+                fault).
+        """
+        config = self._config
+        loaded = load(config, self._progress)
+        program = loaded.program
+        self._close = program.close
+        self._runner = Runner(
+            program,
+            num_rows=config.max_num_seqs,
+            max_model_len=loaded.max_model_len,
+            block_size=config.block_size,
+            eos_token_ids=self._eos_token_ids,
+        )
+        return Capacity(
+            model=config.served_name,
+            architecture=loaded.architecture,
+            num_parameters=loaded.num_parameters,
+            max_model_len=loaded.max_model_len,
+            num_blocks=loaded.num_blocks,
+            block_size=config.block_size,
+            kv_cache_bytes=loaded.num_blocks * program.block_bytes(),
+            weights_bytes=program.weights_bytes,
+            vocab_size=loaded.vocab_size,
+            backend=program.description,
+        )
+
+    def submit(self, plan: SchedulerOutput) -> Future[ModelOutput]:
+        """Compute a step; the Future is done already, with the step's exception if it failed."""
+        assert self._runner is not None, "start() comes first"
+        future: Future[ModelOutput] = Future()
+        try:
+            future.set_result(self._runner.step(plan))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        """Free the model; idempotent."""
+        self._runner = None
+        close, self._close = self._close, _nothing
+        close()
+
+
+def _nothing() -> None:
+    """What is left to close when nothing is open."""

@@ -1,0 +1,169 @@
+"""From a path to a compiled Program: open files, build the graph, check weights, compile.
+
+The only place where models, weights and backends meet.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from octavo.backends.program import CompileOptions, Program, Progress
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError, ModelFileError
+from octavo.graph.tensors import StoredTensor
+from octavo.graph.trace import Graph
+from octavo.models import registry
+from octavo.weights.loader import ModelFiles, open_model
+
+PhaseProgress = Callable[[str, float], None]
+"""Called with the name of the phase of loading and the fraction of it that is done."""
+
+CACHE_ELEMENT_BYTES = 2
+"""K and V are kept in fp16 by every backend; used to plan before there is a Program to ask."""
+
+BACKENDS = {"cpu": "octavo.backends.cpu", "reference": "octavo.backends.reference"}
+"""Modules with a `compile`; the one that is used is the only one imported."""
+
+
+class Compiler(Protocol):
+    """`compile` of a backend."""
+
+    def __call__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, StoredTensor],
+        options: CompileOptions,
+        *,
+        progress: Progress | None = None,
+    ) -> Program:
+        """Make a Program that runs the graph; `weights` are not needed afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A Program with a cache, and the numbers that describe it.
+
+    Attributes:
+        max_model_len: the most tokens of a sequence: what was asked, or the model's own cut to the
+            cache.
+        num_blocks: blocks of the cache.
+    """
+
+    program: Program
+    architecture: str
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+
+
+def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
+    """Load and compile the model that `config` names and give it a cache of at most `memory_bytes`.
+
+    Raises:
+        ModelFileError: the files are damaged, incomplete or of an unknown kind.
+        ConfigError: the memory or the context length asked for cannot be had; the message has the
+            numbers.
+    """
+    progress("files", 0.0)
+    files = open_model(Path(config.model))
+    try:
+        model = registry.build(
+            files.kind,
+            files.architecture,
+            files.config,
+            files.names(),
+            lambda name: tuple(files.tensor(name).dequantize().ravel().tolist()),
+        )
+        max_model_len = _plan_model_len(config, model.config.max_position_embeddings, model.graph)
+        options = CompileOptions(
+            num_threads=config.num_threads,
+            block_size=config.block_size,
+            max_num_tokens=config.max_num_batched_tokens,
+            max_num_rows=min(config.max_num_seqs, config.max_num_batched_tokens),
+            max_model_len=max_model_len,
+        )
+        compile_graph: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
+        program = compile_graph(
+            model.graph,
+            stored_weights(model, files),
+            options,
+            progress=lambda fraction: progress("weights", fraction),
+        )
+    finally:
+        files.close()
+    progress("cache", 0.0)
+    block_bytes = program.block_bytes()
+    num_blocks = pool_blocks(config, max_model_len, block_bytes)
+    program.allocate_cache(num_blocks)
+    return LoadedModel(
+        program=program,
+        architecture=model.architecture,
+        num_parameters=model.num_parameters,
+        vocab_size=model.config.vocab_size,
+        max_model_len=min(max_model_len, num_blocks * config.block_size),
+        num_blocks=num_blocks,
+    )
+
+
+def pool_blocks(config: EngineConfig, max_model_len: int, block_bytes: int) -> int:
+    """How many blocks the pool has: what memory_bytes holds, but no more than can ever be used.
+
+    Raises:
+        ConfigError: the pool cannot hold one sequence of the length asked for, or not one block.
+    """
+    by_memory = config.memory_bytes // block_bytes
+    a_sequence = -(-max_model_len // config.block_size)
+    needed = a_sequence if config.max_model_len is not None else 1
+    if by_memory < needed:
+        raise ConfigError(
+            f"--memory of {config.memory_bytes:,} bytes holds "
+            f"{by_memory * config.block_size:,} tokens of KV cache "
+            f"({block_bytes // config.block_size:,} bytes a token), fewer than the "
+            f"{needed * config.block_size:,} that are needed; give --memory at least "
+            f"{needed * block_bytes:,} bytes or lower --max-model-len"
+        )
+    return min(by_memory, config.max_num_seqs * a_sequence)
+
+
+def _plan_model_len(config: EngineConfig, model_len: int, graph: Graph) -> int:
+    if config.max_model_len is not None:
+        if config.max_model_len > model_len:
+            raise ConfigError(
+                f"--max-model-len {config.max_model_len:,} is more than the model's context of "
+                f"{model_len:,} tokens; lower it"
+            )
+        return config.max_model_len
+    token_bytes = sum(g.bytes_per_token(CACHE_ELEMENT_BYTES) for g in graph.cache_groups)
+    block_bytes = token_bytes * config.block_size
+    num_blocks = pool_blocks(config, model_len, block_bytes)
+    return min(model_len, num_blocks * config.block_size)
+
+
+def stored_weights(model: registry.Model, files: ModelFiles) -> Mapping[str, StoredTensor]:
+    """Every weight of the graph, its shape checked and its rows in the declaration's order.
+
+    Raises:
+        ModelFileError: a tensor is missing, or has another shape than the model declares.
+    """
+    weights: dict[str, StoredTensor] = {}
+    for weight, shape in model.graph.weights.items():
+        name = model.file_names(weight)
+        tensor = files.tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelFileError(
+                f"tensor {name} has shape {list(tensor.shape)}, the configuration needs "
+                f"{list(shape)}: the files do not belong together"
+            )
+        transform = model.transforms.get(weight)
+        weights[weight] = (
+            tensor if transform is None else tensor.take_rows(np.array(transform.rows(), np.int64))
+        )
+    return weights

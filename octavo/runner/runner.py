@@ -1,0 +1,83 @@
+"""Runner: a Program and the rows it serves. A step is: update rows, build, run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from octavo.backends.program import Program
+from octavo.graph.batch import Batch, SamplingRows, StepOutput
+from octavo.runner.batch import RowTable, SampledRows
+from octavo.runner.sampler import SamplerTable
+from octavo.types import ModelOutput, SampledTokens, SchedulerOutput, TokenLogprob
+
+
+class Runner:
+    """Runs the steps that a scheduler planned.
+
+    Rows are numbered below `num_rows`; a plan is applied in the order finished_rows, new_sequences,
+    scheduled.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        """Serve `program`, whose cache is allocated."""
+        self._program = program
+        self._rows = RowTable(num_rows, max_model_len, block_size)
+        self._sampler = SamplerTable(num_rows, eos_token_ids)
+
+    def step(self, plan: SchedulerOutput) -> ModelOutput:
+        """Compute a step; one entry for each scheduled row that is_sampling, in order."""
+        self._update_rows(plan)
+        if not plan.scheduled:
+            return ModelOutput()
+        batch, sampled, sampling_rows = self._build(plan)
+        output = self._program.run(batch, sampling_rows)
+        if sampling_rows is None:
+            return ModelOutput()
+        self._rows.append_tokens(sampled, output.tokens)
+        self._sampler.append_tokens(sampled, output.tokens)
+        return _model_output(sampled, sampling_rows, output)
+
+    def _update_rows(self, plan: SchedulerOutput) -> None:
+        for row in plan.finished_rows:
+            self._sampler.remove(row)
+        for sequence in plan.new_sequences:
+            self._rows.insert(sequence)
+            self._sampler.insert(sequence)
+
+    def _build(self, plan: SchedulerOutput) -> tuple[Batch, SampledRows, SamplingRows | None]:
+        batch, sampled = self._rows.build(plan)
+        rows = self._sampler.build(sampled) if len(sampled.rows) else None
+        return batch, sampled, rows
+
+
+def _model_output(sampled: SampledRows, rows: SamplingRows, output: StepOutput) -> ModelOutput:
+    row_ids = sampled.rows.tolist()
+    tokens = output.tokens.tolist()
+    num_logprobs = rows.num_logprobs.tolist()
+    if max(num_logprobs) < 0:
+        pairs = zip(row_ids, tokens, strict=True)
+        return ModelOutput(sampled=tuple([SampledTokens(row, (token,)) for row, token in pairs]))
+    items = []
+    for place, (row, token, count) in enumerate(zip(row_ids, tokens, num_logprobs, strict=True)):
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if count >= 0 and token >= 0:
+            logprobs = (_token_logprob(output, place, token, count),)
+        items.append(SampledTokens(row, (token,), logprobs))
+    return ModelOutput(sampled=tuple(items))
+
+
+def _token_logprob(output: StepOutput, place: int, token: int, count: int) -> TokenLogprob:
+    top = zip(
+        output.top_ids[place, :count].tolist(),
+        output.top_logprobs[place, :count].tolist(),
+        strict=True,
+    )
+    return TokenLogprob(token, float(output.logprobs[place]), tuple(top))
