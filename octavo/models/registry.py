@@ -107,6 +107,16 @@ class Model:
         return _file_name(self._names, weight)
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the logits' weight."""
+        return self.config.vocab_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest context that is computed exactly."""
+        return self.config.max_position_embeddings
+
+    @property
     def num_parameters(self) -> int:
         """Numbers in all weights; tied embeddings count once."""
         return sum(math.prod(shape) for shape in self.graph.weights.values())
