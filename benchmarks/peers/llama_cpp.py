@@ -15,8 +15,8 @@ import time
 # This file has the package's name: look for the installed one alone.
 sys.path.pop(0)
 
-import llama_cpp  # noqa: E402
-import numpy as np  # noqa: E402
+import llama_cpp
+import numpy as np
 
 BATCH = 512
 

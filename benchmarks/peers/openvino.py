@@ -10,9 +10,9 @@ import time
 # This file has the package's name: look for the installed one alone.
 sys.path.pop(0)
 
-import numpy as np  # noqa: E402
-import openvino as ov  # noqa: E402
-import openvino_genai as genai  # noqa: E402
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
 
 
 def main() -> None:

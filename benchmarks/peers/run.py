@@ -26,13 +26,20 @@ import venv
 from octavo.cli.bench.workload import make_jobs
 from octavo.config import available_cpus
 from octavo.weights import source
+from octavo.weights.cache import cache_home
 
 HERE = pathlib.Path(__file__).resolve().parent
 REQUIREMENTS = {
     "octavo": [],
     "llama_cpp": ["llama-cpp-python==0.3.36", "numpy"],
     "openvino": ["openvino-genai==2026.4.0.0"],
-    "transformers": ["torch==2.13.0", "transformers==5.23.0", "accelerate", "gguf==0.19.0", "numpy"],
+    "transformers": [
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "accelerate",
+        "gguf==0.19.0",
+        "numpy",
+    ],
 }
 REQUESTS = {1: 4, 16: 32, 64: 96}
 """Requests of a run at a concurrency; others take 1.5 a client."""
@@ -42,7 +49,7 @@ def interpreter(peer: str) -> str:
     """The Python of a peer's environment, made if it is not there yet."""
     if peer == "octavo":
         return sys.executable
-    folder = source.cache_folder() / "peers" / peer
+    folder = cache_home() / "peers" / peer
     python = folder / "bin" / "python"
     wanted = "\n".join(REQUIREMENTS[peer])
     marker = folder / "requirements"

@@ -14,7 +14,7 @@ from pathlib import Path
 from octavo.cli.options import add_engine_options, add_model
 from octavo.cli.session import Message, Session, add_sampling_options, open_session
 from octavo.errors import RequestError
-from octavo.weights import source
+from octavo.weights.cache import cache_home
 
 HELP = """\
 /clear          forget the conversation
@@ -32,7 +32,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     add_sampling_options(parser)
     add_engine_options(parser)
     options = parser.parse_args(arguments)
-    history = _line_history(source.cache_folder() / "chat_history")
+    history = _line_history(cache_home() / "chat_history")
     with history:
         return asyncio.run(_chat(options))
 

@@ -18,5 +18,5 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         return 0
     width = max(len(model.name) for model in models)
     for model in models:
-        print(f"{model.name:<{width}}  {human_bytes(model.size_bytes):>10}  {model.path}")
+        print(f"{model.name:<{width}}  {human_bytes(model.num_bytes):>10}  {model.path}")
     return 0

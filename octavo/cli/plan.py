@@ -6,12 +6,11 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from octavo.weights.loader import open_model
-
 from octavo.cli.options import add_model, human_number, resolve_model
 from octavo.cli.progress import human_bytes
 from octavo.config import available_memory, plan_memory
 from octavo.models import registry
+from octavo.weights.loader import open_model
 
 KV_ELEMENT_BYTES = 2  # the cache is fp16
 

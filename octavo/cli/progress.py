@@ -45,8 +45,8 @@ class ProgressLine:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
-    def bytes(self, phase: str, done: int, total: int | None) -> None:
-        """Show how many bytes of a total are there (None: not known)."""
+    def bytes(self, phase: str, done: int, total: int) -> None:
+        """Show how many bytes of a total are there (0: not known)."""
         if total:
             self._draw(phase, done / total, f"{human_bytes(done)} of {human_bytes(total)}")
         else:

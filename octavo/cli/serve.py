@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from octavo.server.serve import ServerOptions, run
-
 from octavo.cli.options import add_engine_options, add_model, engine_config
 from octavo.errors import ConfigError
+from octavo.server.serve import ServerOptions, run
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:

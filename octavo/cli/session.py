@@ -9,12 +9,11 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from octavo.engine.async_engine import AsyncEngine
-from octavo.tokenizer.load import Tokenizer, load_tokenizer
-
 from octavo.cli.options import engine_config
 from octavo.cli.progress import ProgressLine
+from octavo.engine.async_engine import AsyncEngine
 from octavo.errors import ConfigError
+from octavo.tokenizer.load import Tokenizer, load_tokenizer
 from octavo.types import OutputDelta, SamplingParams
 
 Message = dict[str, Any]

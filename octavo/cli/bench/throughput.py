@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 
-from octavo.engine.core import EngineCore
-
 from octavo.cli.bench.workload import (
     Job,
     Timing,
@@ -16,6 +14,7 @@ from octavo.cli.bench.workload import (
 )
 from octavo.cli.options import add_engine_options, add_model, engine_config
 from octavo.cli.progress import ProgressLine
+from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.types import EngineRequest, SamplingParams
 

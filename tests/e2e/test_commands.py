@@ -1,0 +1,63 @@
+"""The commands that need no server, on the default model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def octavo(*arguments: str, stdin: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "octavo.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_run(smollm2_path: Path) -> None:
+    question = "What is the capital of France?"
+    assert "Paris" in octavo("run", question)
+    assert "Paris" in octavo("run", "-", "--max-tokens", "20", stdin=question)
+
+
+def test_chat_remembers(smollm2_path: Path) -> None:
+    lines = "What is the capital of France?\n/stats\n/nonsense\n/retry\n/clear\n/exit\n"
+    answer = octavo("chat", "--max-tokens", "20", stdin=lines)
+    assert answer.count("Paris") >= 2
+    assert "tokens" in answer and "/exit" in answer
+
+
+def test_plan(smollm2_path: Path) -> None:
+    plan = json.loads(octavo("plan", "smollm2", "--json", "--memory", "1GiB"))
+    assert plan["kv_bytes_per_token"] == 2 * 2 * 30 * 3 * 64
+    assert plan["kv_pool_tokens"] == (1 << 30) // plan["kv_bytes_per_token"]
+    assert 90e6 < plan["weights_bytes"] < 100e6
+    assert plan["context"] == 8192 and plan["fits"] is True
+    assert "8,192" in octavo("plan", "smollm2")
+
+
+def test_list(smollm2_path: Path) -> None:
+    assert str(smollm2_path) in octavo("list")
+
+
+def test_bench(smollm2_path: Path) -> None:
+    small = ("--requests", "4", "--input-len", "16-32", "--output-len", "4-8", "--memory", "64MiB")
+    for kind in (("latency",), ("throughput", "--concurrency", "2")):
+        figures = json.loads(octavo("bench", *kind, *small, "--json"))
+        assert figures["requests"] == 4
+        assert 16 <= figures["output_tokens"] <= 32
+        assert figures["output_tokens_per_s"] > 0
+        assert figures["ttft_ms_p50"] <= figures["ttft_ms_p99"]
+
+
+def test_bench_startup(smollm2_path: Path) -> None:
+    figures = json.loads(octavo("bench", "startup", "--runs", "1", "--json"))
+    assert 0 < figures["live_s"] <= figures["ready_s"] <= figures["first_token_s"] < 20
+    assert figures["kv_cache_mb"] > 200
