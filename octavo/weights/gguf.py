@@ -421,7 +421,7 @@ def _what_instead(head: bytes) -> str:
     if head[8:9] == b"{":
         return "looks like safetensors, not GGUF; give the folder that holds it and config.json"
     if head[:2] in (b"PK", b"\x80\x02"):
-        return "is a zip or pickle file, not GGUF; give a GGUF file or a folder with safetensors"
+        return "is a zip or pickled file, not GGUF; give a GGUF file or a folder with safetensors"
     return "is not a GGUF file; give a GGUF file or a folder with config.json"
 
 

@@ -120,7 +120,7 @@ def find_files(folder: Path) -> list[Path]:
     )
     if pickles:
         raise ModelFileError(
-            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code and is "
+            f"{folder} has its weights only pickled ({pickles[0]}), which can run code and is "
             "never read; take a safetensors or GGUF version of the model"
         )
     raise ModelFileError(f"{folder} has no safetensors file; download the model's weights into it")
