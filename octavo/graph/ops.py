@@ -48,7 +48,7 @@ class Linear:
 
     With a grouped weight, backends that say so round x to int8 a group of the weight's columns
     first: scale = max|x| / 127 over the group (float32), code = round-half-even(x * (127 /
-    max|x|)); a group of zeros has scale 0.
+    max|x|)); a group whose max|x| is below 2**-120 counts as zeros, with scale 0.
     The product of a group is scale_w * scale_x * Σ (code_w - zero) * code_x + minimum_w * scale_x
     * Σ code_x, the sums exact integers; groups are added in ascending order in float32.
     """

@@ -26,9 +26,8 @@ class PagedCache:
     def write(self, layer: int, slots: Int32, keys: Float32, values: Float32) -> None:
         """Round K and V [T, num_kv_heads * head_dim] of a step and keep them at their slots."""
         cache = self._layers[layer]
-        with np.errstate(over="ignore"):  # a number beyond float16 becomes inf, as in any backend
-            cache[0, slots] = keys.reshape(-1, *cache.shape[2:])
-            cache[1, slots] = values.reshape(-1, *cache.shape[2:])
+        cache[0, slots] = keys.reshape(-1, *cache.shape[2:])
+        cache[1, slots] = values.reshape(-1, *cache.shape[2:])
 
     def read(self, layer: int, block_table: Int32, num_tokens: int) -> tuple[Float32, Float32]:
         """K and V of a sequence's first tokens, each [num_tokens, num_kv_heads, head_dim]."""

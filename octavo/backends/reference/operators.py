@@ -15,6 +15,7 @@ from octavo.graph import ops as op
 from octavo.graph.batch import Float32, Int32
 from octavo.graph.tensors import GroupedTensor, StoredTensor
 
+_SMALLEST_PEAK = np.float32(2.0**-120)
 _TILE_ELEMENTS = 1 << 18
 """Products of groups are made in tiles of so many numbers, to stay in the processor's cache."""
 
@@ -57,9 +58,8 @@ def round_to_int8(x: Float32, group: int) -> tuple[Float32, Float32]:
     """
     grouped = x.reshape(len(x), -1, group).transpose(1, 0, 2)
     peak = np.abs(grouped).max(axis=2, keepdims=True)
-    with np.errstate(divide="ignore", over="ignore"):
-        factor = np.float32(127) / peak
-    factor = np.where(np.isfinite(factor), factor, np.float32(0))  # a group of zeros
+    peak = np.where(peak < _SMALLEST_PEAK, np.float32(0), peak)
+    factor = np.where(peak == 0, np.float32(0), np.float32(127) / peak)
     return np.rint(grouped * factor), peak / np.float32(127)
 
 
@@ -144,6 +144,5 @@ def attend(
 
 def silu_mul(gate: Float32, up: Float32) -> Float32:
     """Gated activation: silu(gate) * up."""
-    with np.errstate(over="ignore"):  # exp(-x) of a very negative x is inf, and x / inf is -0
-        denominator: Float32 = np.exp(-gate, dtype=np.float32) + np.float32(1)
-        return gate / denominator * up
+    denominator: Float32 = np.exp(-gate, dtype=np.float32) + np.float32(1)
+    return gate / denominator * up

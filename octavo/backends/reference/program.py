@@ -142,20 +142,27 @@ class ReferenceProgram:
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
         """Compute one step."""
-        self._alive()
         self._check(batch, rows)
-        wanted = {name: self._graph.outputs[name] for name in wants}
-        keep = {*wanted.values(), self._graph.outputs["logits"]}
+        wants = tuple(wants)
+        # Infinities and NaNs flow on as in any backend; sampling reports them.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            values = self._run(batch, {*wants} | (set() if rows is None else {"logits"}))
+            output = empty_output() if rows is None else sample(values["logits"], rows)
+        return replace(output, values={name: values[name] for name in wants})
+
+    def _run(self, batch: Batch, names: set[str]) -> dict[str, Float32]:
+        """The named outputs of the graph."""
+        if unknown := names - set(self._graph.outputs):
+            raise KernelError(f"the graph has no output {min(unknown)!r}")
+        wanted = {name: self._graph.outputs[name] for name in names}
+        keep = set(wanted.values())
         values: dict[int, Float32] = {}
         for index, node in enumerate(self._graph.nodes):
             values[node.output] = self._apply(node, [values[i] for i in node.inputs], batch)
             for value in node.inputs:
                 if self._last_use[value] == index and value not in keep:
                     values.pop(value, None)
-        named = {name: values[value] for name, value in wanted.items()}
-        if rows is None:
-            return replace(empty_output(), values=named)
-        return replace(sample(values[self._graph.outputs["logits"]], rows), values=named)
+        return {name: values[value] for name, value in wanted.items()}
 
     def close(self) -> None:
         """Drop weights and cache."""
@@ -172,8 +179,11 @@ class ReferenceProgram:
         match node.operator:
             case op.Input(name):
                 return batch.inputs[name]
-            case op.Embed(weight):
-                return operators.embed(weights.embeddings[weight], batch.token_ids)
+            case op.Embed(weight, num_embeddings):
+                ids = batch.token_ids
+                if len(ids) and not 0 <= ids.min() <= ids.max() < num_embeddings:
+                    raise KernelError("a token id lies outside the vocabulary")
+                return operators.embed(weights.embeddings[weight], ids)
             case op.RmsNorm(weight, _, eps):
                 return operators.rms_norm(inputs[0], weights.dense[weight], eps)
             case op.Linear(weight, bias=bias):

@@ -62,13 +62,11 @@ def _mix(z: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
 
 
 def _choose(logits: Float32, rows: SamplingRows, s: int) -> int:
-    if np.isnan(logits).any() or not np.isfinite(logits).any():
-        return -1
     adjusted = _adjust(logits, rows, s)
-    if not np.isfinite(adjusted).any():
+    if np.isnan(adjusted).any() or not np.isfinite(adjusted).any():
         return -1
     temperature = rows.temperature[s]
-    if temperature == 0:
+    if temperature == 0 or adjusted.max() == np.inf:
         return int(np.argmax(adjusted))
     scaled = adjusted / temperature
     kept = _filter(scaled, int(rows.top_k[s]), float(rows.top_p[s]), float(rows.min_p[s]))
