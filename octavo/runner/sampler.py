@@ -105,8 +105,8 @@ class SamplerTable:
     def build(self, sampled: SampledRows) -> SamplingRows:
         """How to sample these rows now."""
         rows = sampled.rows
-        temperature, top_p, min_p, repetition, presence, frequency = self._floats[:, rows]
-        top_k, index, num_logprobs = self._ints[:, rows]
+        temperature, top_p, min_p, repetition, presence, frequency = self._floats.take(rows, axis=1)
+        top_k, index, num_logprobs = self._ints.take(rows, axis=1)
         seen_start, seen_ids, seen_counts = self._seen(rows)
         bias_start, bias_ids, bias_values = self._biases(sampled)
         return SamplingRows(

@@ -1,0 +1,120 @@
+"""From files to a Program: what fits, what is refused, and that the weights are the file's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError, ModelFileError
+from octavo.runner.loading import load, pool_blocks
+
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # K and V, layers, heads, head_dim, fp16
+
+
+def config(path: Path, **values: object) -> EngineConfig:
+    settings = {
+        "model": str(path),
+        "served_name": "tiny",
+        "memory_bytes": 1 << 20,
+        "num_threads": 1,
+        "backend": "reference",
+        **values,
+    }
+    return EngineConfig(**settings)  # type: ignore[arg-type]
+
+
+def silent(phase: str, fraction: float) -> None:
+    pass
+
+
+def test_load_reports_phases_and_numbers(tiny_model_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    loaded = load(config(tiny_model_path), lambda *report: seen.append(report))
+    assert [phase for phase, _ in seen[:2]] == ["files", "weights"]
+    assert seen[-1][0] == "cache"
+    assert all(0 <= fraction <= 1 for _, fraction in seen)
+    assert loaded.architecture == "LlamaForCausalLM"
+    assert loaded.max_model_len == 512
+    assert loaded.num_blocks == (1 << 20) // (16 * TOKEN_BYTES)
+    assert loaded.program.block_bytes() == 16 * TOKEN_BYTES
+    stored = safetensors.numpy.load_file(tiny_model_path / "model.safetensors")
+    assert loaded.num_parameters == sum(t.size for t in stored.values())
+    loaded.program.close()
+
+
+def test_the_context_is_cut_to_the_memory(tiny_model_path: Path) -> None:
+    loaded = load(config(tiny_model_path, memory_bytes=100 * TOKEN_BYTES), silent)
+    assert loaded.num_blocks == 6
+    assert loaded.max_model_len == 96
+
+
+def test_no_more_blocks_than_can_be_used(tiny_model_path: Path) -> None:
+    loaded = load(
+        config(tiny_model_path, memory_bytes=1 << 28, max_num_seqs=3, max_model_len=33), silent
+    )
+    assert loaded.num_blocks == 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"memory_bytes": 15 * TOKEN_BYTES}, ["needed", f"{16 * TOKEN_BYTES:,}", "--memory"]),
+        (
+            {"memory_bytes": 64 * TOKEN_BYTES, "max_model_len": 65},
+            ["64 tokens", "80", f"{80 * TOKEN_BYTES:,}", "--max-model-len"],
+        ),
+        ({"max_model_len": 513}, ["513", "512", "lower it"]),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_numbers(
+    tiny_model_path: Path, values: dict[str, int], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(config(tiny_model_path, **values), silent)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_pool_blocks_rounds_a_sequence_up() -> None:
+    asked = config(Path(), memory_bytes=10_000, max_num_seqs=2, max_model_len=17)
+    assert pool_blocks(asked, 17, 100) == 4
+    assert pool_blocks(asked, 17, 3_000) == 3
+
+
+def changed_copy(source: Path, folder: Path, name: str, tensor: np.ndarray | None) -> Path:
+    """A copy of a model's folder with one tensor replaced, or left out."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("tensor", [None, np.zeros((64, 32), np.float32)])
+def test_a_missing_or_misshapen_tensor_is_named(
+    tiny_model_path: Path, tmp_path: Path, tensor: np.ndarray | None
+) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    folder = changed_copy(tiny_model_path, tmp_path / "model", name, tensor)
+    with pytest.raises(ModelFileError, match=name):
+        load(config(folder), silent)
+
+
+def test_an_unknown_architecture_names_the_known_ones(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_path, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["architectures"] = ["WhateverForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelFileError, match=r"WhateverForCausalLM.*LlamaForCausalLM"):
+        load(config(folder), silent)

@@ -1,0 +1,120 @@
+"""Runner: what it gives to a Program, and what it makes of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from octavo.graph.batch import Batch, SamplingRows, StepOutput
+from octavo.runner.runner import Runner
+from octavo.types import (
+    ModelOutput,
+    NewSequence,
+    SampledTokens,
+    SamplingParams,
+    ScheduledSequence,
+    SchedulerOutput,
+    TokenLogprob,
+)
+
+
+class CountingProgram:
+    """Samples, for each row, the sum of the row's last token and 1; keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Batch, SamplingRows | None]] = []
+        self.next_token: int | None = None
+
+    description = "fake"
+    weights_bytes = 0
+
+    def block_bytes(self) -> int:
+        return 1
+
+    def allocate_cache(self, num_blocks: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
+        self.steps.append((batch, rows))
+        last = batch.token_ids[batch.logits_rows]
+        tokens = last + 1 if self.next_token is None else np.full_like(last, self.next_token)
+        top = np.stack([tokens, tokens + 1], axis=1)
+        return StepOutput(
+            tokens=tokens,
+            logprobs=np.full(len(tokens), -0.5, np.float32),
+            top_ids=top,
+            top_logprobs=np.tile(np.array([-0.5, -1.5], np.float32), (len(tokens), 1)),
+        )
+
+
+def make_runner() -> tuple[Runner, CountingProgram]:
+    program = CountingProgram()
+    runner = Runner(program, num_rows=4, max_model_len=64, block_size=8, eos_token_ids=[99])
+    return runner, program
+
+
+def sequence(row: int, tokens: list[int], params: SamplingParams) -> NewSequence:
+    return NewSequence(
+        row=row, index=0, token_ids=tokens, num_prompt_tokens=len(tokens), params=params
+    )
+
+
+def test_sampled_tokens_are_the_input_of_the_next_step() -> None:
+    runner, program = make_runner()
+    first = SchedulerOutput(
+        new_sequences=(sequence(1, [10, 20, 30], SamplingParams()),),
+        scheduled=(ScheduledSequence(1, 0, 3, (5,), True),),
+    )
+    assert runner.step(first) == ModelOutput(sampled=(SampledTokens(1, (31,)),))
+    second = SchedulerOutput(scheduled=(ScheduledSequence(1, 3, 1, (), True),))
+    assert runner.step(second) == ModelOutput(sampled=(SampledTokens(1, (32,)),))
+    batch = program.steps[1][0]
+    assert batch.token_ids.tolist() == [31]
+    assert batch.slot_mapping[0].tolist() == [5 * 8 + 3]
+
+
+def test_a_step_that_samples_nothing_asks_for_nothing() -> None:
+    runner, program = make_runner()
+    plan = SchedulerOutput(
+        new_sequences=(sequence(0, [1, 2, 3], SamplingParams()),),
+        scheduled=(ScheduledSequence(0, 0, 2, (0,), False),),
+    )
+    assert runner.step(plan) == ModelOutput()
+    assert program.steps[0][1] is None
+
+
+def test_an_empty_plan_runs_nothing() -> None:
+    runner, program = make_runner()
+    assert runner.step(SchedulerOutput()) == ModelOutput()
+    assert not program.steps
+
+
+def test_each_row_gets_the_logprobs_it_asked_for() -> None:
+    runner, _ = make_runner()
+    wishes = [None, 0, 2, 1]
+    plan = SchedulerOutput(
+        new_sequences=tuple(
+            sequence(row, [10 * row], SamplingParams(logprobs=k)) for row, k in enumerate(wishes)
+        ),
+        scheduled=tuple(ScheduledSequence(row, 0, 1, (row,), True) for row in range(4)),
+    )
+    output = runner.step(plan)
+    assert [s.logprobs for s in output.sampled] == [
+        (),
+        (TokenLogprob(11, -0.5),),
+        (TokenLogprob(21, -0.5, ((21, -0.5), (22, -1.5))),),
+        (TokenLogprob(31, -0.5, ((31, -0.5),)),),
+    ]
+
+
+def test_logits_that_are_not_finite_are_passed_on_as_minus_one() -> None:
+    runner, program = make_runner()
+    program.next_token = -1
+    params = SamplingParams(logprobs=1, frequency_penalty=1.0)
+    plan = SchedulerOutput(
+        new_sequences=(sequence(0, [1], params),),
+        scheduled=(ScheduledSequence(0, 0, 1, (0,), True),),
+    )
+    assert runner.step(plan) == ModelOutput(sampled=(SampledTokens(0, (-1,)),))
