@@ -1,0 +1,1 @@
+"""Text to token ids and back: loading, chat templates, decoding. No numpy, no tensors."""

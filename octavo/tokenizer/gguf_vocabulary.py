@@ -1,0 +1,276 @@
+"""From a GGUF file's metadata to a Vocabulary: byte-level BPE and SentencePiece kinds.
+
+Token for token what llama.cpp makes of the same file, with one exception on purpose: text never
+becomes a control token. Reads metadata only, never tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import tokenizers
+from tokenizers import AddedToken, models, normalizers
+
+from octavo.errors import ModelFileError
+from octavo.tokenizer.pieces import Pieces
+from octavo.tokenizer.pretokenizers import find_pre_tokenizer
+from octavo.tokenizer.tokenizer import Vocabulary
+
+_Value = TypeVar("_Value")
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_KEY = "tokenizer.ggml."
+
+# Tokens that end an answer by their name alone: many files declare only one of theirs.
+_ENDING_NAMES = frozenset(
+    {
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "</s>",
+        "<eos>",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFTokens:
+    """The token list of a file, checked.
+
+    Attributes:
+        texts: as the file writes them.
+        kinds: one of ggml's token types for each.
+        names: what the inner tokenizer calls each: unique, and out of reach of any text for control
+            tokens.
+    """
+
+    texts: list[str]
+    kinds: list[int]
+    names: list[str]
+
+    def of_kind(self, *kinds: int) -> list[int]:
+        """Ids of these kinds."""
+        return [index for index, kind in enumerate(self.kinds) if kind in kinds]
+
+
+def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
+    """Build the vocabulary that a file's metadata describes.
+
+    Raises:
+        ModelFileError: no tokenizer in the file, one of a kind that is not supported, or a broken
+            one.
+    """
+    kind = _string(metadata, "model", "")
+    if kind not in ("gpt2", "llama"):
+        raise ModelFileError(
+            f"the model's tokenizer.ggml.model is {kind!r}; Octavo reads byte-level BPE ('gpt2')"
+            " and SentencePiece ('llama')"
+            if kind
+            else "the GGUF file has no tokenizer (tokenizer.ggml.model); take another file"
+        )
+    tokens = _read_tokens(metadata)
+    try:
+        return _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens)
+    except ModelFileError:
+        raise
+    except Exception as fault:  # the library raises bare Exception
+        raise ModelFileError(f"the GGUF file's tokenizer is broken: {fault}") from fault
+
+
+def gguf_eos_token_ids(metadata: Mapping[str, object]) -> frozenset[int]:
+    """Ids that end an answer: those the file declares, and tokens whose name says so."""
+    default = 2 if _string(metadata, "model", "") == "llama" else None
+    declared = [_optional_id(metadata, "eos_token_id", default)]
+    declared += [_optional_id(metadata, f"{name}_token_id", None) for name in ("eot", "eom")]
+    tokens = _read_tokens(metadata)
+    named = [
+        index
+        for index, text in enumerate(tokens.texts)
+        if text in _ENDING_NAMES and tokens.kinds[index] in (_CONTROL, _USER_DEFINED)
+    ]
+    found = [token_id for token_id in declared if token_id is not None]
+    return frozenset(index for index in (*found, *named) if 0 <= index < len(tokens.texts))
+
+
+def gguf_variables(metadata: Mapping[str, object]) -> dict[str, str]:
+    """The texts that a chat template knows by name: bos_token, eos_token and so on."""
+    texts = _list_of(metadata, "tokens", str)
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: _optional_id(metadata, f"{key}_token_id", None) for name, key in keys.items()}
+    if _string(metadata, "model", "") == "llama":
+        for name, default in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
+            ids[name] = default if ids[name] is None else ids[name]
+    return {
+        name: texts[token_id]
+        for name, token_id in ids.items()
+        if token_id is not None and token_id < len(texts)
+    }
+
+
+def _byte_level(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabulary:
+    """Byte-level BPE with the merges of the file."""
+    rules = find_pre_tokenizer(_string(metadata, "pre", "default"))
+    merges = []
+    for merge in _list_of(metadata, "merges", str):
+        left, _, right = merge.partition(" ")
+        merges.append((left, right))
+    model = models.BPE(
+        {name: index for index, name in enumerate(tokens.names)},
+        merges,
+        ignore_merges=rules.takes_whole_words,
+    )
+    plain = _inner(model, tokens)
+    plain.pre_tokenizer = rules.build()
+    literal = _literal_pieces(tokens)
+    return _finish(metadata, tokens, Pieces("byte_level", plain, literal), plain, rules.adds_bos)
+
+
+def _sentencepiece(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabulary:
+    """SentencePiece BPE: neighbours whose joined text is a token join, the best score first."""
+    merges = sentencepiece_merges(tokens, _list_of(metadata, "scores", float))
+    unknown = _optional_id(metadata, "unknown_token_id", 0) or 0
+    model = models.BPE(
+        {name: index for index, name in enumerate(tokens.names)},
+        [(tokens.names[left], tokens.names[right]) for left, right in merges],
+        unk_token=tokens.names[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    plain = _inner(model, tokens)
+    has_prefix = bool(metadata.get(_KEY + "add_space_prefix", True))
+    spaces = normalizers.Replace(" ", "▁")
+    plain.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if has_prefix else spaces
+    )
+    literal = _literal_pieces(tokens)
+    pieces = Pieces("sentencepiece", plain, literal, strips_leading_space=has_prefix)
+    return _finish(metadata, tokens, pieces, plain, True)
+
+
+def sentencepiece_merges(tokens: GGUFTokens, scores: list[float]) -> list[tuple[int, int]]:
+    """All pairs of ids whose joined text is a token, best score of the joined token first."""
+    texts = tokens.texts
+    if len(scores) < len(texts):
+        raise ModelFileError("the GGUF file's tokenizer.ggml.scores is shorter than its token list")
+    excluded = (_UNKNOWN, _CONTROL, _BYTE)
+    ids = {text: index for index, text in enumerate(texts) if tokens.kinds[index] not in excluded}
+    find = ids.get
+    merges = []
+    for whole in sorted(ids.values(), key=lambda index: (-scores[index], index)):
+        text = texts[whole]
+        for cut in range(1, len(text)):
+            left = find(text[:cut])
+            if left is not None:
+                right = find(text[cut:])
+                if right is not None:
+                    merges.append((left, right))
+    return merges
+
+
+def _inner(model: models.Model, tokens: GGUFTokens) -> tokenizers.Tokenizer:
+    """The library's tokenizer; it finds user-defined tokens in any text, and no control tokens."""
+    inner = tokenizers.Tokenizer(model)
+    inner.add_tokens(
+        [
+            AddedToken(tokens.texts[index], normalized=False)
+            for index in tokens.of_kind(_USER_DEFINED)
+            if tokens.texts[index]
+        ]
+    )
+    return inner
+
+
+def _finish(
+    metadata: Mapping[str, object],
+    tokens: GGUFTokens,
+    pieces: Pieces,
+    plain: tokenizers.Tokenizer,
+    adds_bos: bool,
+) -> Vocabulary:
+    """Put the parts together with the file's special tokens."""
+    bos = _optional_id(metadata, "bos_token_id", None)
+    eos = _optional_id(metadata, "eos_token_id", None)
+    if _string(metadata, "model", "") == "llama":
+        bos, eos = 1 if bos is None else bos, 2 if eos is None else eos
+    adds_bos = bool(metadata.get(_KEY + "add_bos_token", adds_bos))
+    adds_eos = bool(metadata.get(_KEY + "add_eos_token", False))
+    return Vocabulary(
+        plain=plain,
+        pieces=pieces,
+        specials={tokens.texts[index]: index for index in tokens.of_kind(_UNKNOWN, _CONTROL)},
+        size=len(tokens.texts),
+        prefix_ids=(bos,) if adds_bos and bos is not None else (),
+        suffix_ids=(eos,) if adds_eos and eos is not None else (),
+        bos_token_id=bos,
+        eos_token_ids=gguf_eos_token_ids(metadata),
+    )
+
+
+def _literal_pieces(tokens: GGUFTokens) -> dict[int, bytes]:
+    """Bytes of the tokens whose text is not encoded like that of ordinary ones."""
+    literal: dict[int, bytes] = {}
+    for index in tokens.of_kind(_UNKNOWN, _CONTROL, _USER_DEFINED):
+        literal[index] = tokens.texts[index].encode()
+    for index in tokens.of_kind(_UNUSED):
+        literal[index] = b""
+    for index in tokens.of_kind(_BYTE):
+        try:
+            literal[index] = bytes([int(tokens.texts[index][3:5], 16)])
+        except ValueError:
+            text = tokens.texts[index]
+            raise ModelFileError(f"the GGUF file's byte token {text!r} is not <0xHH>") from None
+    return literal
+
+
+def _read_tokens(metadata: Mapping[str, object]) -> GGUFTokens:
+    """The token list with a type for each token."""
+    texts = _list_of(metadata, "tokens", str)
+    if not texts:
+        raise ModelFileError("the GGUF file's tokenizer.ggml.tokens is missing or empty")
+    kinds = _list_of(metadata, "token_type", int) or [1] * len(texts)
+    if len(kinds) < len(texts):
+        raise ModelFileError("the GGUF file's tokenizer.ggml.token_type is shorter than its tokens")
+    return GGUFTokens(texts, kinds, _unique_names(texts, kinds))
+
+
+def _unique_names(texts: Iterable[str], kinds: list[int]) -> list[str]:
+    """A name for each token: its text; one that no text contains for control tokens and doubles."""
+    names: list[str] = []
+    seen: set[str] = set()
+    for index, text in enumerate(texts):
+        is_hidden = kinds[index] in (_UNKNOWN, _CONTROL) or text in seen or not text
+        names.append(f"\0{index}\0{text}" if is_hidden else text)
+        seen.add(text)
+    return names
+
+
+def _list_of(metadata: Mapping[str, object], key: str, kind: type[_Value]) -> list[_Value]:
+    """A list from the metadata, [] if absent; its first entry stands for the type of all."""
+    values = metadata.get(_KEY + key, [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values[:1]):
+        raise ModelFileError(f"the GGUF file's {_KEY}{key} is not a list of {kind.__name__}")
+    return values
+
+
+def _string(metadata: Mapping[str, object], key: str, default: str) -> str:
+    """A string from the metadata."""
+    value = metadata.get(_KEY + key, default)
+    if not isinstance(value, str):
+        raise ModelFileError(f"the GGUF file's {_KEY}{key} is not a string")
+    return value
+
+
+def _optional_id(metadata: Mapping[str, object], key: str, default: int | None) -> int | None:
+    """A token id from the metadata."""
+    value = metadata.get(_KEY + key, default)
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise ModelFileError(f"the GGUF file's {_KEY}{key} is not a token id")
+    return value

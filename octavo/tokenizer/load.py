@@ -1,0 +1,61 @@
+"""load_tokenizer: from a model's path to its Tokenizer; eos_token_ids without building one.
+
+A GGUF file's own metadata is enough; a folder brings tokenizer.json and its companions. Imports no
+numpy.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from octavo.tokenizer.chat_template import ChatTemplate
+from octavo.tokenizer.folder_vocabulary import (
+    folder_eos_token_ids,
+    folder_template,
+    folder_variables,
+    folder_vocabulary,
+)
+from octavo.tokenizer.gguf_vocabulary import gguf_eos_token_ids, gguf_variables, gguf_vocabulary
+from octavo.tokenizer.tokenizer import Tokenizer
+from octavo.weights.gguf import GGUFFile
+
+__all__ = ["Tokenizer", "eos_token_ids", "load_tokenizer"]
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load the tokenizer and chat template of a model.
+
+    Args:
+        path: a GGUF file, or a folder with tokenizer.json.
+
+    Raises:
+        ModelFileError: a file is missing or broken, or describes a tokenizer of an unsupported
+            kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        vocabulary = folder_vocabulary(path)
+        source = folder_template(path)
+        variables = folder_variables(path)
+    else:
+        with GGUFFile.open(path) as file:
+            vocabulary = gguf_vocabulary(file.metadata)
+            found = file.metadata.get("tokenizer.chat_template")
+            source = found if isinstance(found, str) else None
+            variables = gguf_variables(file.metadata)
+    template = ChatTemplate(source, vocabulary.specials, variables) if source else None
+    return Tokenizer(vocabulary, template)
+
+
+def eos_token_ids(path: str | os.PathLike[str]) -> frozenset[int]:
+    """The ids that end a model's answers, read from its metadata alone.
+
+    Raises:
+        ModelFileError: a file is missing or broken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return folder_eos_token_ids(path)
+    with GGUFFile.open(path) as file:
+        return gguf_eos_token_ids(file.metadata)
