@@ -32,7 +32,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 REQUIREMENTS = {
     "octavo": [],
     "llama_cpp": ["llama-cpp-python==0.3.36", "numpy"],
-    "openvino": ["openvino-genai==2026.4.0.0"],
+    "openvino": ["openvino-genai==2026.4.1.0"],
     "transformers": [
         "torch==2.13.0",
         "transformers==5.23.0",

@@ -32,22 +32,28 @@ def make_plan(name: str, memory_bytes: int | None) -> dict[str, object]:
     """The figures of the plan; sizes in bytes, lengths in tokens."""
     files = open_model(resolve_model(name))
     try:
-        model = registry.build(files.kind, files.architecture, files.config, files.names())
-        weights = sum(files.tensor(model.file_name(w)).nbytes for w in model.graph.weights)
+        model = registry.build(
+            files.kind,
+            files.architecture,
+            files.config,
+            files.names(),
+            lambda name: tuple(files.tensor(name).dequantize().ravel().tolist()),
+        )
+        weights = sum(files.tensor(model.file_names(w)).nbytes for w in model.graph.weights)
     finally:
         files.close()
     per_token = sum(g.bytes_per_token(KV_ELEMENT_BYTES) for g in model.graph.cache_groups)
     pool, free = plan_memory(memory_bytes), available_memory()
-    longest = min(model.max_position_embeddings, pool // per_token)
+    longest = min(model.config.max_position_embeddings, pool // per_token)
     return {
         "model": name,
-        "architecture": files.architecture,
+        "architecture": model.architecture,
         "parameters": model.num_parameters,
         "weights_bytes": weights,
         "kv_bytes_per_token": per_token,
         "kv_pool_bytes": pool,
         "kv_pool_tokens": pool // per_token,
-        "model_context": model.max_position_embeddings,
+        "model_context": model.config.max_position_embeddings,
         "context": longest,
         "sequences_of_full_context": pool // per_token // max(longest, 1),
         "free_bytes": free,

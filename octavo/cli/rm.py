@@ -13,5 +13,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Remove one model, by the name that `octavo list` shows."""
     parser.add_argument("model", help="a name that octavo list shows")
     options = parser.parse_args(arguments)
-    print(f"Freed {human_bytes(source.remove(options.model))}.")
+    sizes = {model.name: model.num_bytes for model in source.list_models()}
+    source.remove(options.model)
+    print(f"Freed {human_bytes(sizes.get(options.model, 0))}.")
     return 0
