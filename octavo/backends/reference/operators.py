@@ -57,10 +57,12 @@ def round_to_int8(x: Float32, group: int) -> tuple[Float32, Float32]:
         codes [groups, T, group], whole numbers in float32, and scales [groups, T, 1].
     """
     grouped = x.reshape(len(x), -1, group).transpose(1, 0, 2)
-    peak = np.abs(grouped).max(axis=2, keepdims=True)
-    peak = np.where(peak < _SMALLEST_PEAK, np.float32(0), peak)
-    factor = np.where(peak == 0, np.float32(0), np.float32(127) / peak)
-    return np.rint(grouped * factor), peak / np.float32(127)
+    peak: Float32 = np.abs(grouped).max(axis=2, keepdims=True)
+    peak[peak < _SMALLEST_PEAK] = 0
+    factor: Float32 = np.float32(127) / peak
+    factor[peak == 0] = 0
+    scales: Float32 = peak / np.float32(127)
+    return np.rint(grouped * factor), scales
 
 
 def linear_rounded(x: Float32, weight: RoundedLinear) -> Float32:

@@ -1,0 +1,313 @@
+"""How close a backend's logits come to an independent implementation of the same weights.
+
+    python benchmarks/cpu/quality.py --text FILE [--tokens N] [--model SPEC] [--no-transformers]
+
+Runs one text through the reference backend (float32), transformers on the dequantized weights, and
+the CPU backend, in lockstep chunk by chunk, and prints mean KL divergence, share of equal top
+tokens and perplexities of each pair. The oracle tests use the same functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.backends.program import CompileOptions, Program
+from octavo.config import available_cpus
+from octavo.graph.batch import Batch
+from octavo.graph.tensors import StoredTensor
+from octavo.models import registry
+from octavo.models.rope import LinearScaling, Llama3Scaling
+from octavo.runner.loading import stored_weights
+from octavo.tokenizer.load import load_tokenizer
+from octavo.weights import source
+from octavo.weights.loader import open_model
+
+Float32 = NDArray[np.float32]
+Weights = Mapping[str, StoredTensor]
+
+BLOCK_SIZE = 16
+
+SHARED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+def load(path: Path) -> tuple[registry.Model, Weights]:
+    """Declare the model of a file or folder and read its weights."""
+    files = open_model(path)
+
+    def read_numbers(name: str) -> tuple[float, ...]:
+        return tuple(files.tensor(name).dequantize().ravel().tolist())
+
+    model = registry.build(
+        files.kind, files.architecture, files.config, files.names(), read_numbers
+    )
+    return model, stored_weights(model, files)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A Program that sequences are fed to; sequence b owns the blocks b * num_blocks and following.
+
+    Attributes:
+        program: with a cache for all of them.
+        num_blocks: blocks a sequence.
+    """
+
+    program: Program
+    num_blocks: int
+
+    @classmethod
+    def compile(
+        cls,
+        backend: str,
+        model: registry.Model,
+        weights: Weights,
+        *,
+        num_sequences: int = 1,
+        max_len: int,
+        **options: Any,
+    ) -> Stream:
+        """Compile the model on a backend ("reference" or "cpu") with room for the sequences."""
+        num_blocks = -(-max_len // BLOCK_SIZE)
+        settings = CompileOptions(
+            num_threads=available_cpus(),
+            block_size=BLOCK_SIZE,
+            max_num_tokens=max_len * num_sequences,
+            max_num_rows=max_len * num_sequences,
+            max_model_len=max_len,
+        )
+        module = importlib.import_module(f"octavo.backends.{backend}")
+        program = module.compile(model.graph, weights, replace(settings, **options))
+        program.allocate_cache(num_blocks * num_sequences)
+        return cls(program, num_blocks)
+
+    def logits(
+        self, parts: Sequence[tuple[int, Sequence[int]]], last_only: bool = False
+    ) -> Float32:
+        """Feed (tokens already fed, new tokens) of each sequence; return the new tokens' logits."""
+        lengths = [len(ids) for _, ids in parts]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        owner = np.repeat(np.arange(len(parts)), lengths)
+        positions = np.concatenate([np.arange(s, s + len(ids)) for s, ids in parts])
+        table = np.arange(len(parts) * self.num_blocks).reshape(len(parts), -1)
+        slots = table[owner, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        batch = Batch(
+            token_ids=np.concatenate([np.asarray(ids) for _, ids in parts]).astype(np.int32),
+            positions=positions.astype(np.int32)[None],
+            query_start_loc=starts,
+            seq_lens=np.array([s + len(ids) for s, ids in parts], np.int32),
+            block_tables=(table.astype(np.int32),),
+            slot_mapping=(slots.astype(np.int32),),
+            logits_rows=starts[1:] - 1 if last_only else np.arange(starts[-1], dtype=np.int32),
+        )
+        return self.program.run(batch, None, ["logits"]).values["logits"]
+
+    def chunks(self, token_ids: Sequence[int], chunk: int) -> Iterator[Float32]:
+        """The logits of one text, chunk after chunk."""
+        for start in range(0, len(token_ids), chunk):
+            yield self.logits([(start, token_ids[start : start + chunk])])
+
+    def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """The most probable continuation of each prompt."""
+        logits = self.logits([(0, prompt) for prompt in prompts], last_only=True)
+        answers: list[list[int]] = [[int(row.argmax())] for row in logits]
+        while len(answers[0]) < num_tokens:
+            parts = [(len(p) + len(a) - 1, a[-1:]) for p, a in zip(prompts, answers, strict=True)]
+            for answer, row in zip(answers, self.logits(parts, last_only=True), strict=True):
+                answer.append(int(row.argmax()))
+        return answers
+
+
+def build_transformers(model: registry.Model, weights: Weights) -> Any:
+    """The same model in transformers, float32, holding the dequantized weights."""
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    config: Any = model.config
+    family = model.architecture.removesuffix("ForCausalLM")
+    settings = {key: getattr(config, key) for key in SHARED_KEYS}
+    if family == "Llama":
+        settings |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    made = getattr(transformers, family + "Config")(
+        **settings, head_dim=config.head_dim, rope_parameters=_rope_parameters(config.rope)
+    )
+    oracle = getattr(transformers, model.architecture)(made).eval()
+    state = {name: torch.from_numpy(w.dequantize()) for name, w in weights.items()}
+    missing, unexpected = oracle.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if unexpected or not set(missing) <= tied:
+        raise SystemExit(f"transformers wants other weights: {missing} {unexpected}")
+    oracle.tie_weights()
+    return oracle
+
+
+def _rope_parameters(rope: Any) -> dict[str, object]:
+    match rope.scaling:
+        case None:
+            return {"rope_type": "default", "rope_theta": rope.theta}
+        case LinearScaling(factor):
+            return {"rope_type": "linear", "rope_theta": rope.theta, "factor": factor}
+        case Llama3Scaling(factor, low, high, original):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": rope.theta,
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+        case other:
+            raise SystemExit(f"transformers has no counterpart of {type(other).__name__}")
+
+
+def transformers_chunks(oracle: Any, token_ids: Sequence[int], chunk: int) -> Iterator[Float32]:
+    """The logits of one text from transformers, chunk after chunk through its own cache."""
+    torch: Any = importlib.import_module("torch")
+    cache = None
+    for start in range(0, len(token_ids), chunk):
+        ids = torch.tensor([list(token_ids[start : start + chunk])])
+        with torch.no_grad():
+            out = oracle(ids, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        yield out.logits[0].numpy()
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Sums over positions of how two streams of logits compare: p is the truth, q is judged."""
+
+    positions: int = 0
+    same_top: int = 0
+    kl_sum: float = 0.0
+    predicted: int = 0
+    nll_p: float = 0.0
+    nll_q: float = 0.0
+
+    def add(self, p: Float32, q: Float32, next_ids: Sequence[int]) -> None:
+        """Count a chunk of log probabilities; next_ids follow its positions."""
+        self.positions += len(p)
+        self.same_top += int((p.argmax(1) == q.argmax(1)).sum())
+        self.kl_sum += float((np.exp(p) * (p - q)).sum())
+        rows = np.arange(len(next_ids))
+        self.predicted += len(rows)
+        self.nll_p -= float(p[rows, next_ids].sum())
+        self.nll_q -= float(q[rows, next_ids].sum())
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(p || q) in nats."""
+        return self.kl_sum / self.positions
+
+    @property
+    def same_top_share(self) -> float:
+        """Share of positions where both find the same token most probable."""
+        return self.same_top / self.positions
+
+    @property
+    def perplexity_change(self) -> float:
+        """Perplexity of q over that of p, minus 1."""
+        return math.exp((self.nll_q - self.nll_p) / self.predicted) - 1
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of q."""
+        return math.exp(self.nll_q / self.predicted)
+
+
+def compare(
+    streams: Mapping[str, Iterable[Float32]],
+    pairs: Sequence[tuple[str, str]],
+    token_ids: Sequence[int],
+    *,
+    progress: bool = False,
+) -> dict[tuple[str, str], Agreement]:
+    """Run streams of logits in lockstep and judge the pairs (truth, judged)."""
+    found = {pair: Agreement() for pair in pairs}
+    started, done = time.monotonic(), 0
+    for chunks in zip(*streams.values(), strict=True):
+        logs = {name: _log_softmax(c) for name, c in zip(streams, chunks, strict=True)}
+        rows = len(chunks[0])
+        next_ids = token_ids[done + 1 : done + rows + 1]
+        for (p, q), agreement in found.items():
+            agreement.add(logs[p], logs[q], next_ids)
+        done += rows
+        if progress:
+            seconds = time.monotonic() - started
+            print(f"\r{done}/{len(token_ids)} positions, {seconds:.0f} s", end="", file=sys.stderr)
+    if progress:
+        print(file=sys.stderr)
+    return found
+
+
+def _log_softmax(logits: Float32) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text of at least N tokens")
+    parser.add_argument("--tokens", type=int, default=2000, metavar="N", help="default 2000")
+    parser.add_argument("--model", default="smollm2", help="file, folder or name of the model")
+    parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
+    args = parser.parse_args()
+    path = source.resolve(args.model)
+    token_ids = load_tokenizer(path).encode(args.text.read_text("utf-8"))[: args.tokens]
+    model, weights = load(path)
+    length = len(token_ids)
+    settings: dict[str, tuple[str, dict[str, object]]] = {
+        "fp32": ("reference", {"round_activations": False, "cache_dtype": "f32"}),
+        "fp32, fp16 cache": ("reference", {"round_activations": False}),
+        "int8 activations": ("reference", {}),
+        "cpu": ("cpu", {}),
+    }
+    streams: dict[str, Iterable[Float32]] = {
+        name: Stream.compile(backend, model, weights, max_len=length, **options).chunks(
+            token_ids, 200
+        )
+        for name, (backend, options) in settings.items()
+    }
+    pairs = [
+        ("fp32", "fp32, fp16 cache"),
+        ("fp32", "int8 activations"),
+        ("int8 activations", "cpu"),
+        ("fp32", "cpu"),
+    ]
+    if not args.no_transformers:
+        oracle = build_transformers(model, weights)
+        streams["transformers"] = transformers_chunks(oracle, token_ids, 200)
+        pairs = [("transformers", "fp32"), *pairs, ("transformers", "cpu")]
+    found = compare(streams, pairs, token_ids, progress=True)
+    print(f"{path.name}, {length} positions of {args.text.name}")
+    print(f"{'truth':18} {'judged':18} {'mean KL':>9} {'same top':>9} {'perplexity':>10} change")
+    for (p, q), a in found.items():
+        print(
+            f"{p:18} {q:18} {a.kl:9.2e} {a.same_top_share:9.2%} {a.perplexity:10.4f} "
+            f"{a.perplexity_change:+.3%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
