@@ -1,8 +1,8 @@
 """Models of the Hugging Face hub, "hf:org/repo[:file.gguf]": data files alone.
 
-Weights as safetensors or one GGUF file, configuration and tokenizer as JSON: no Python file and nothing
-pickled of a repository is ever fetched. Fetched with the hub's own client: HF_ENDPOINT and HF_TOKEN
-hold. The client is imported only when something must be fetched.
+Weights as safetensors or one GGUF file, configuration and tokenizer as JSON: no Python file and
+nothing pickled of a repository is ever fetched. Fetched with the hub's own client: HF_ENDPOINT and
+HF_TOKEN hold. The client is imported only when something must be fetched.
 """
 
 from __future__ import annotations
