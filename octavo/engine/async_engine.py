@@ -117,6 +117,11 @@ class AsyncEngine:
         return self._process.pid
 
     @property
+    def exit_code(self) -> int | None:
+        """The exit code of the engine process, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    @property
     def num_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._queues)
@@ -188,7 +193,7 @@ class AsyncEngine:
         for stop in (None, self._process.terminate, self._process.kill):
             if stop is not None:
                 stop()
-            if await self._exit_code(CLOSE_TIMEOUT_S) is not None:
+            if await self._wait_exit(CLOSE_TIMEOUT_S) is not None:
                 break
 
     async def _listen(self, channel: ClientChannel) -> None:
@@ -200,7 +205,7 @@ class AsyncEngine:
             failure = f"the engine's output cannot be read: {type(error).__name__}: {error}"
             self._process.kill()
         if failure is None and self.failure is None:
-            code = await self._exit_code(1.0)
+            code = await self._wait_exit(1.0)
             failure = f"the engine process ended unexpectedly ({_describe_exit(code)})"
         self._end(failure or "", phase="failed")
 
@@ -248,10 +253,10 @@ class AsyncEngine:
         for queue in self._queues.values():
             queue.fail(EngineDeadError(self.failure))
 
-    async def _exit_code(self, timeout_s: float) -> int | None:
-        """The exit code of the process, or None if it is still alive after the time."""
+    async def _wait_exit(self, timeout_s: float) -> int | None:
+        """Wait for the process to end; None if it is still alive after the time."""
         deadline = time.monotonic() + timeout_s
-        while (code := self._process.poll()) is None and time.monotonic() < deadline:
+        while (code := self.exit_code) is None and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
         return code
 

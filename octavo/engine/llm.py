@@ -14,7 +14,7 @@ from octavo.config import EngineConfig, available_cpus, parse_size, plan_memory
 from octavo.engine.core import EngineCore
 from octavo.engine.output import OutputProcessor
 from octavo.engine.validation import complete_request
-from octavo.errors import ConfigError, InvalidRequestError
+from octavo.errors import ConfigError, EngineDeadError, InvalidRequestError
 from octavo.tokenizer.load import Tokenizer, load_tokenizer
 from octavo.types import (
     Capacity,
@@ -153,7 +153,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        assert not self._is_closed, "this LLM is closed"
+        if self._is_closed:
+            raise EngineDeadError("this LLM is closed; make a new one")
         params = _per_prompt(sampling_params, len(ids))
         requests = [
             complete_request(str(next(self._numbers)), prompt_ids, one, self.capacity)

@@ -27,6 +27,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("min_p", 0.0, 1.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.01, 100.0),
 )
 _COUNTS: tuple[tuple[str, int, int], ...] = (
     ("n", 1, MAX_N),
@@ -49,8 +50,10 @@ def validate_params(params: SamplingParams, vocab_size: int | None = None) -> Sa
         _check_count(name, getattr(params, name), low, high)
     for name, lowest, highest in _BOUNDS:
         _check_number(name, getattr(params, name), lowest, highest)
-    _check_positive("top_p", params.top_p, 1.0)
-    _check_positive("repetition_penalty", params.repetition_penalty, 100.0)
+    if not _is_number(params.top_p) or not 0 < params.top_p <= 1:
+        raise InvalidRequestError(
+            f"top_p must be a number above 0 and at most 1, not {params.top_p!r}", param="top_p"
+        )
     if params.max_tokens is not None:
         _check_count("max_tokens", params.max_tokens, 1, MAX_COUNT)
         if params.min_tokens > params.max_tokens:
@@ -123,13 +126,6 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         )
 
 
-def _check_positive(name: str, value: object, high: float) -> None:
-    if not _is_number(value) or not 0 < value <= high:  # type: ignore[operator]
-        raise InvalidRequestError(
-            f"{name} must be a number above 0 and at most {high:g}, not {value!r}", param=name
-        )
-
-
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
@@ -137,7 +133,8 @@ def _is_number(value: object) -> bool:
 
 
 def _check_stop(params: SamplingParams) -> None:
-    if isinstance(params.stop, str) or not all(isinstance(s, str) for s in params.stop):
+    is_sequence = isinstance(params.stop, tuple | list)
+    if not is_sequence or not all(isinstance(s, str) for s in params.stop):
         raise InvalidRequestError("stop must be a sequence of strings", param="stop")
     if len(params.stop) > MAX_STOP_STRINGS:
         raise InvalidRequestError(
@@ -154,6 +151,14 @@ def _check_stop(params: SamplingParams) -> None:
 
 
 def _check_token_ids(params: SamplingParams, vocab_size: int | None) -> None:
+    if not isinstance(params.stop_token_ids, tuple | list):
+        raise InvalidRequestError(
+            "stop_token_ids must be a sequence of token ids", param="stop_token_ids"
+        )
+    if not isinstance(params.logit_bias, dict):
+        raise InvalidRequestError(
+            "logit_bias must map token ids to numbers from -100 to 100", param="logit_bias"
+        )
     limit = MAX_COUNT if vocab_size is None else vocab_size - 1
     for name, ids, most in (
         ("stop_token_ids", params.stop_token_ids, MAX_STOP_TOKEN_IDS),

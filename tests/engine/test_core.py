@@ -1,0 +1,126 @@
+"""EngineCore over a fake executor: the loop, refusals, a step that breaks."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import pytest
+
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore, warm_up
+from octavo.errors import ContextLengthError, KernelError, ModelFileError
+from octavo.scheduler.scheduler import Scheduler
+from octavo.types import (
+    Capacity,
+    EngineRequest,
+    ModelOutput,
+    SampledTokens,
+    SamplingParams,
+    SchedulerOutput,
+)
+
+CAPACITY = Capacity(
+    model="m", architecture="A", num_parameters=1, max_model_len=64, num_blocks=8, block_size=16,
+    kv_cache_bytes=1, weights_bytes=1, vocab_size=100, backend="fake",
+)  # fmt: skip
+CONFIG = EngineConfig(model="m", served_name="m", memory_bytes=1, num_threads=1)
+
+
+class FakeExecutor:
+    """Samples token 5 for each row, or fails."""
+
+    def __init__(self, token: int = 5) -> None:
+        self.plans: list[SchedulerOutput] = []
+        self.error: Exception | None = None
+        self.token = token
+        self.is_closed = False
+
+    def start(self) -> Capacity:
+        return CAPACITY
+
+    def submit(self, plan: SchedulerOutput) -> Future[ModelOutput]:
+        self.plans.append(plan)
+        future: Future[ModelOutput] = Future()
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            rows = [s.row for s in plan.scheduled if s.is_sampling]
+            sampled = tuple(SampledTokens(row, (self.token,)) for row in rows)
+            future.set_result(ModelOutput(sampled=sampled))
+        return future
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def make_core() -> tuple[EngineCore, FakeExecutor]:
+    executor = FakeExecutor()
+    ticks = iter(range(1000))
+    scheduler = Scheduler(CONFIG, CAPACITY, frozenset({99}))
+    return EngineCore(executor, scheduler, CAPACITY, lambda: float(next(ticks))), executor
+
+
+def request(name: str, **params: object) -> EngineRequest:
+    settings = {"max_tokens": 2, "seed": 0, **params}
+    return EngineRequest(
+        request_id=name,
+        prompt_ids=[1, 2, 3],
+        params=SamplingParams(**settings),  # type: ignore[arg-type]
+    )
+
+
+def test_steps_until_there_is_no_work() -> None:
+    core, executor = make_core()
+    assert not core.has_work()
+    core.add(request("a"))
+    updates = []
+    while core.has_work():
+        updates += core.step()
+    assert [(u.token_ids, u.finish_reason) for u in updates] == [((5,), None), ((5,), "length")]
+    stats = core.stats()
+    assert (stats.num_steps, stats.step_time_s) == (2, 2.0)
+    assert stats.num_blocks_used == 0
+    assert len(executor.plans) == 2
+    core.close()
+    assert executor.is_closed
+
+
+def test_an_aborted_request_leaves_nothing() -> None:
+    core, _ = make_core()
+    core.add(request("a", max_tokens=50))
+    core.step()
+    assert core.stats().num_blocks_used == 1
+    assert [u.finish_reason for u in core.abort("a")] == ["abort"]
+    assert core.abort("a") == core.abort("nobody") == []
+    assert not core.has_work()
+    assert core.stats().num_blocks_used == 0
+
+
+def test_a_refused_request_changes_nothing() -> None:
+    core, _ = make_core()
+    core.add(request("a"))
+    core.abort("a")
+    long = EngineRequest(request_id="b", prompt_ids=[1] * 64, params=SamplingParams(seed=0))
+    with pytest.raises(ContextLengthError):
+        core.add(long)
+    assert not core.has_work()
+
+
+def test_the_error_of_a_step_comes_out() -> None:
+    core, executor = make_core()
+    core.add(request("a"))
+    executor.error = KernelError("broken")
+    with pytest.raises(KernelError, match="broken"):
+        core.step()
+
+
+def test_the_warm_up_leaves_no_row() -> None:
+    executor = FakeExecutor()
+    warm_up(executor)
+    assert [s.num_new_tokens for s in executor.plans[0].scheduled] == [1]
+    assert executor.plans[-1].finished_rows == (0,)
+
+
+def test_weights_that_compute_nonsense_are_found_before_any_request() -> None:
+    with pytest.raises(ModelFileError, match="not finite"):
+        warm_up(FakeExecutor(token=-1))

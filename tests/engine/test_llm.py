@@ -1,0 +1,150 @@
+"""LLM: prompts in, answers out, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import octavo
+from octavo import LLM, RequestOutput, SamplingParams
+from octavo.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    ModelFileError,
+)
+
+OPTIONS: dict[str, Any] = {"backend": "reference", "memory": "1MiB", "threads": 1}
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model_path: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_model_path), **OPTIONS) as model:
+        yield model
+
+
+def ids_of(output: RequestOutput) -> tuple[int, ...]:
+    return output.outputs[0].token_ids
+
+
+def test_one_prompt_or_many(llm: LLM) -> None:
+    [one] = llm.generate("on the", GREEDY)
+    assert one.prompt == "on the"
+    assert one.prompt_token_ids == llm.tokenizer.encode("on the")
+    [answer] = one.outputs
+    assert len(answer.token_ids) == 6
+    assert answer.text == llm.tokenizer.decode(answer.token_ids)
+    assert answer.finish_reason == "length"
+    assert answer.logprobs is None
+    many = llm.generate(["in", "on the", {"prompt_token_ids": one.prompt_token_ids}], GREEDY)
+    assert [ids_of(o) for o in many[1:]] == [answer.token_ids] * 2
+    assert many[2].prompt is None
+    assert llm.generate([]) == []
+
+
+def test_params_for_each_prompt(llm: LLM) -> None:
+    each = [
+        SamplingParams(temperature=0, max_tokens=k, ignore_eos=True, logprobs=k) for k in (1, 3)
+    ]
+    first, second = llm.generate(["a", "a"], each)
+    assert [len(ids_of(o)) for o in (first, second)] == [1, 3]
+    logprobs = second.outputs[0].logprobs
+    assert logprobs is not None
+    assert [len(entry.top) for entry in logprobs] == [3] * 3
+    assert [entry.token_id for entry in logprobs] == list(ids_of(second))
+    assert len(ids_of(llm.generate("a")[0])) <= 16
+    with pytest.raises(InvalidRequestError, match="2 SamplingParams for 1"):
+        llm.generate("a", each)
+
+
+def test_n_answers_and_stop_strings(llm: LLM) -> None:
+    params = SamplingParams(n=4, seed=1, max_tokens=20, ignore_eos=True)
+    [output] = llm.generate("a", params)
+    assert [o.index for o in output.outputs] == [0, 1, 2, 3]
+    texts = [o.text for o in output.outputs]
+    assert len(set(texts)) == 4
+    stop = texts[2][5:8]
+    [stopped] = llm.generate(
+        "a", SamplingParams(n=4, seed=1, max_tokens=20, ignore_eos=True, stop=(stop,))
+    )
+    answer = stopped.outputs[2]
+    assert answer.text == texts[2][: texts[2].index(stop)]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+
+
+def test_a_prefix_is_served_from_the_cache(llm: LLM) -> None:
+    prompt = {"prompt_token_ids": list(range(40))}
+    [cold] = llm.generate(prompt, GREEDY)
+    [warm] = llm.generate(prompt, GREEDY)
+    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 32)
+
+
+def test_chat_renders_the_template(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "in <|im_end|>"}]
+    [output] = llm.chat(talk, GREEDY)
+    assert output.prompt == ("<|im_start|>user\nin <|im_end|><|im_end|>\n<|im_start|>assistant\n")
+    [end] = llm.tokenizer.eos_token_ids
+    assert output.prompt_token_ids.count(end) == 1, "what a user types is no special token"
+    twice = llm.chat([talk, talk], GREEDY)
+    assert [ids_of(o) for o in twice] == [ids_of(output)] * 2
+    with pytest.raises(InvalidRequestError, match="empty"):
+        llm.chat([])
+
+
+def test_a_bad_request_computes_nothing_and_leaves_nothing(llm: LLM) -> None:
+    long = {"prompt_token_ids": [1] * 600}
+    for prompts, error in (
+        (["a", long], ContextLengthError),
+        (["a", {"prompt_token_ids": [-1]}], InvalidRequestError),
+        (["a", {"ids": [1]}], InvalidRequestError),
+        (["a", {}], InvalidRequestError),
+        ([""], InvalidRequestError),
+    ):
+        with pytest.raises(error):
+            llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
+    assert len(ids_of(llm.generate("a", GREEDY)[0])) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"colour": 1}, "colour.*memory"),
+        ({"memory": "much"}, "much"),
+        ({"threads": 0}, "--threads"),
+        ({"max_num_seqs": "9"}, "max_num_seqs"),
+        ({"max_model_len": 100_000}, "512"),
+    ],
+)
+def test_a_wrong_option_says_so(tiny_model_path: Path, options: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LLM(str(tiny_model_path), **(OPTIONS | options))
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere"):
+        LLM(str(tmp_path / "nowhere"), **OPTIONS)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelFileError):
+        LLM(str(tmp_path), **OPTIONS)
+
+
+def test_a_closed_llm_may_be_closed_again(tiny_model_path: Path) -> None:
+    model = LLM(str(tiny_model_path), **OPTIONS)
+    model.close()
+    model.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        model.generate("a")
+
+
+def test_the_package_exports_its_names_lazily() -> None:
+    assert octavo.__version__
+    assert set(dir(octavo)) == set(octavo.__all__)
+    for name in octavo.__all__:
+        assert getattr(octavo, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        octavo.nothing  # noqa: B018
