@@ -13,6 +13,9 @@ namespace octavo {
 // Columns (output features) of a panel: the unit of packing and of work for a linear operator.
 constexpr int64_t kPanel = 32;
 
+// Rows that linear prepares at a time: numbers a row and group in LinearArgs::scratch.
+constexpr int64_t kRowBlock = 96;
+
 enum class WeightKind : int32_t {
   kInt4,   // codes of at most 4 bits, two a byte
   kInt8,   // codes of 5 to 8 bits, one a byte
@@ -68,7 +71,7 @@ struct AttentionArgs {
 
 struct SampleArgs {           // one row
   const float* logits;        // [vocab], not changed
-  float* work;                // [vocab] scratch
+  float* work;                // [4 * vocab] scratch
   int64_t vocab;
   float temperature, top_p, min_p, repetition, presence, frequency;
   int32_t top_k, index, position, num_logprobs;

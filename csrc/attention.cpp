@@ -1,0 +1,300 @@
+// Causal attention over the paged KV cache, one kernel for prefill and decode.
+//
+// One call handles a tile of query tokens of one sequence and the heads of one kv head: up to a few dozen rows that share every
+// load and float16 conversion of K and V. K and V come in tiles of 64 tokens aligned to absolute positions:
+//   scores   tokens in lanes (K blocks are [head_dim][block_size]), so a score is one lane's sum over head_dim, in order;
+//   softmax  online: the row's maximum and sum follow tile after tile, and sums stay in lanes until the end;
+//   values   head_dim in lanes, tokens one after another.
+// Register tiles (rows x vectors) only group independent sums: a row's bits depend on its query and its sequence's cache alone.
+// Lanes past a row's position are replaced before use and never multiplied: stale NaN in a block cannot leak.
+// Sources: Kwon et al. 2023 (PagedAttention), section 4; Milakov and Gimelshein 2018 (online softmax).
+#include "kernel_functions.h"
+
+namespace octavo {
+namespace OCTAVO_NS {
+namespace {
+
+constexpr int64_t kTile = 64;                // tokens of K and V of one softmax step
+constexpr int64_t kVectors = kTile / kLanes;  // of a tile
+constexpr int64_t kMostBlocks = kTile / 8;   // of a tile
+
+// Vector accumulators that fit the registers beside one operand or two.
+#if defined(OCTAVO_ISA_AVX512)
+constexpr int kAccumulators = 12;
+#else
+constexpr int kAccumulators = 6;
+#endif
+constexpr int kMostRows = kAccumulators;
+constexpr int kMostValueRows = 6;
+
+// A tile of K or V: where each of its blocks begins for one kv head.
+struct Blocks {
+  const uint16_t* k[kMostBlocks];
+  const uint16_t* v[kMostBlocks];
+};
+
+// What a row keeps between tiles of K and V, by row; the caller's scratch.
+struct Rows {
+  float* query;   // [rows / tile][head_dim][rows of the tile]
+  float* sums;    // [rows][head_dim]: the weighted values
+  float* weights; // [rows][kTile]: scores, then their exponentials
+  float* lanes;   // [rows][16]: the sum of exponentials, in lanes
+  float* maximum; // [rows]
+};
+
+// Sixteen tokens of one row of head_dim; with blocks of 8 they lie in two blocks.
+template <bool kHalves>
+OCTAVO_INLINE f32x16 load_tokens(const uint16_t* low, const uint16_t* high) {
+  if constexpr (!kHalves) return load_f16(low);
+#if defined(OCTAVO_ISA_AVX512)
+  const __m256i both = _mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+  return {_mm512_cvtph_ps(both)};
+#elif defined(OCTAVO_ISA_AVX2)
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)))};
+#else
+  uint16_t both[16];
+  memcpy(both, low, 16);
+  memcpy(both + 8, high, 16);
+  return load_f16(both);
+#endif
+}
+
+// Scores of kRows rows against kCount vectors of tokens.
+template <int kRows, int kCount, bool kHalves>
+void score(const float* query, const uint16_t* const* low, const uint16_t* const* high, int64_t stride, int64_t head_dim,
+           float* out) {
+  f32x16 sums[kRows][kCount];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCount; ++c) sums[r][c] = set1(0.0f);
+  }
+  for (int64_t d = 0; d < head_dim; ++d) {
+    f32x16 k[kCount];
+    for (int c = 0; c < kCount; ++c) k[c] = load_tokens<kHalves>(low[c] + d * stride, high[c] + d * stride);
+    for (int r = 0; r < kRows; ++r) {
+      const f32x16 q = set1(query[d * kRows + r]);
+      for (int c = 0; c < kCount; ++c) sums[r][c] = fma(q, k[c], sums[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCount; ++c) store(out + r * kTile + c * kLanes, sums[r][c]);
+  }
+}
+
+template <int kRows, bool kHalves>
+void score_tile(const float* query, const uint16_t* const* low, const uint16_t* const* high, int64_t count, int64_t stride,
+                int64_t head_dim, float* out) {
+  constexpr int kWide = kAccumulators / kRows >= 4 ? 4 : kAccumulators / kRows >= 2 ? 2 : 1;
+  int64_t c = 0;
+  for (; c + kWide <= count; c += kWide) {
+    score<kRows, kWide, kHalves>(query, low + c, high + c, stride, head_dim, out + c * kLanes);
+  }
+  if constexpr (kWide > 2) {
+    for (; c + 2 <= count; c += 2) {
+      score<kRows, 2, kHalves>(query, low + c, high + c, stride, head_dim, out + c * kLanes);
+    }
+  }
+  for (; c < count; ++c) score<kRows, 1, kHalves>(query, low + c, high + c, stride, head_dim, out + c * kLanes);
+}
+
+// sums[row][features of kCount vectors] += weights[row][token] * v[token], tokens begin to end in order.
+template <int kRows, int kCount>
+void add_values(const float* weights, const uint16_t* const* blocks, int64_t block_size, int64_t begin, int64_t end,
+                int64_t head_dim, float* out) {
+  f32x16 sums[kRows][kCount];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCount; ++c) sums[r][c] = load(out + r * head_dim + c * kLanes);
+  }
+  for (int64_t token = begin; token < end;) {
+    const int64_t block = token / block_size, stop = (block + 1) * block_size < end ? (block + 1) * block_size : end;
+    const uint16_t* v = blocks[block] + (token - block * block_size) * head_dim;
+    for (; token < stop; ++token, v += head_dim) {
+      f32x16 value[kCount];
+      for (int c = 0; c < kCount; ++c) value[c] = load_f16(v + c * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const f32x16 weight = set1(weights[r * kTile + token]);
+        for (int c = 0; c < kCount; ++c) sums[r][c] = fma(weight, value[c], sums[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCount; ++c) store(out + r * head_dim + c * kLanes, sums[r][c]);
+  }
+}
+
+template <int kRows>
+void add_values_tile(const float* weights, const uint16_t* const* blocks, int64_t block_size, int64_t begin, int64_t end,
+                     int64_t head_dim, float* out) {
+  constexpr int kWide = kAccumulators / kRows >= 4 ? 4 : kAccumulators / kRows >= 2 ? 2 : 1;
+  const uint16_t* shifted[kMostBlocks] = {};
+  const int64_t num_blocks = (end + block_size - 1) / block_size;
+  int64_t d = 0;
+  for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes) {
+    for (int64_t i = 0; i < num_blocks; ++i) shifted[i] = blocks[i] + d;
+    add_values<kRows, kWide>(weights, shifted, block_size, begin, end, head_dim, out + d);
+  }
+  for (; d < head_dim; d += kLanes) {
+    for (int64_t i = 0; i < num_blocks; ++i) shifted[i] = blocks[i] + d;
+    add_values<kRows, 1>(weights, shifted, block_size, begin, end, head_dim, out + d);
+  }
+}
+
+using ScoreTile = void (*)(const float*, const uint16_t* const*, const uint16_t* const*, int64_t, int64_t, int64_t, float*);
+using ValueTile = void (*)(const float*, const uint16_t* const*, int64_t, int64_t, int64_t, int64_t, float*);
+
+#if defined(OCTAVO_ISA_AVX512)
+#define OCTAVO_TILES(name, ...)                                                                                        \
+  {name<1 __VA_ARGS__>, name<2 __VA_ARGS__>, name<3 __VA_ARGS__>, name<4 __VA_ARGS__>,  name<5 __VA_ARGS__>,           \
+   name<6 __VA_ARGS__>, name<7 __VA_ARGS__>, name<8 __VA_ARGS__>, name<9 __VA_ARGS__>,  name<10 __VA_ARGS__>,          \
+   name<11 __VA_ARGS__>, name<12 __VA_ARGS__>}
+#else
+#define OCTAVO_TILES(name, ...)                                                                                        \
+  {name<1 __VA_ARGS__>, name<2 __VA_ARGS__>, name<3 __VA_ARGS__>, name<4 __VA_ARGS__>, name<5 __VA_ARGS__>,            \
+   name<6 __VA_ARGS__>}
+#endif
+#define OCTAVO_COMMA ,
+constexpr ScoreTile kScoreTiles[kMostRows] = OCTAVO_TILES(score_tile, OCTAVO_COMMA false);
+constexpr ScoreTile kScoreTilesOfHalves[kMostRows] = OCTAVO_TILES(score_tile, OCTAVO_COMMA true);
+constexpr ValueTile kValueTiles[kMostValueRows] = {add_values_tile<1>, add_values_tile<2>, add_values_tile<3>,
+                                                   add_values_tile<4>, add_values_tile<5>, add_values_tile<6>};
+
+// Scores of one row become exponentials of score - maximum; the row's sums shrink where the maximum grew.
+void softmax_row(float* weights, int64_t valid, float scale, float* maximum, float* lanes, float* sums, int64_t head_dim) {
+  static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const f32x16 iota = load(kIota), lowest = set1(-__builtin_inff());
+  const int64_t count = (valid + kLanes - 1) / kLanes;
+  f32x16 scores[kVectors];
+  f32x16 top = set1(*maximum);
+  for (int64_t c = 0; c < count; ++c) {
+    const f32x16 scaled = load(weights + c * kLanes) * set1(scale);
+    scores[c] = select_gt(set1(static_cast<float>(valid - c * kLanes)), iota, scaled, lowest);
+    top = max(scores[c], top);
+  }
+  const float now = hmax(top);
+  f32x16 sum = load(lanes);
+  if (now != *maximum) {
+    const f32x16 factor = exp(set1(*maximum) - set1(now));
+    for (int64_t d = 0; d < head_dim; d += kLanes) store(sums + d, load(sums + d) * factor);
+    sum = sum * factor;
+    *maximum = now;
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    const f32x16 weight = exp(scores[c] - set1(now));
+    store(weights + c * kLanes, weight);
+    sum = sum + weight;
+  }
+  store(lanes, sum);
+}
+
+struct Problem {
+  const AttentionArgs* args;
+  const int32_t* block_table;
+  int64_t row_begin, group, num_rows;
+  int32_t kv_head;
+  Rows rows;
+};
+
+OCTAVO_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.args->positions[p.row_begin + row / p.group]; }
+
+OCTAVO_INLINE int64_t tile_rows(const Problem& p, int64_t first) {
+  return p.num_rows - first < kMostRows ? p.num_rows - first : kMostRows;
+}
+
+void start_rows(const Problem& p) {
+  const AttentionArgs& a = *p.args;
+  const int64_t stride = static_cast<int64_t>(a.num_heads) * a.head_dim;
+  for (int64_t first = 0; first < p.num_rows; first += kMostRows) {
+    const int64_t rows = tile_rows(p, first);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = first + r;
+      const float* query = a.query + (p.row_begin + row / p.group) * stride + (p.kv_head * p.group + row % p.group) * a.head_dim;
+      for (int64_t d = 0; d < a.head_dim; ++d) p.rows.query[first * a.head_dim + d * rows + r] = query[d];
+    }
+  }
+  for (int64_t i = 0; i < p.num_rows * a.head_dim; ++i) p.rows.sums[i] = 0.0f;
+  for (int64_t i = 0; i < p.num_rows * kLanes; ++i) p.rows.lanes[i] = 0.0f;
+  for (int64_t i = 0; i < p.num_rows; ++i) p.rows.maximum[i] = -__builtin_inff();
+}
+
+void finish_rows(const Problem& p) {
+  const AttentionArgs& a = *p.args;
+  const int64_t stride = static_cast<int64_t>(a.num_heads) * a.head_dim;
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    float* out = a.out + (p.row_begin + row / p.group) * stride + (p.kv_head * p.group + row % p.group) * a.head_dim;
+    const f32x16 total = set1(hsum(load(p.rows.lanes + row * kLanes)));
+    for (int64_t d = 0; d < a.head_dim; d += kLanes) store(out + d, load(p.rows.sums + row * a.head_dim + d) / total);
+  }
+}
+
+// Rows first to first + rows against the tokens start to start + kTile.
+void attend(const Problem& p, const Blocks& blocks, int64_t start, int64_t first, int64_t rows) {
+  const AttentionArgs& a = *p.args;
+  const int64_t block_size = a.block_size, head_dim = a.head_dim;
+  const int64_t past = position_of(p, first + rows - 1) + 1 - start;  // of the last row, which sees the most
+  if (past <= 0) return;
+  const int64_t tokens = past < kTile ? past : kTile, count = (tokens + kLanes - 1) / kLanes;
+  const uint16_t *low[kVectors], *high[kVectors];
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t token = c * kLanes;
+    low[c] = blocks.k[token / block_size] + token % block_size;
+    high[c] = block_size >= kLanes ? low[c] : token + 8 < tokens ? blocks.k[token / 8 + 1] : blocks.k[token / 8];
+  }
+  float* weights = p.rows.weights + first * kTile;
+  float* sums = p.rows.sums + first * head_dim;
+  const ScoreTile* tiles = block_size >= kLanes ? kScoreTiles : kScoreTilesOfHalves;
+  tiles[rows - 1](p.rows.query + first * head_dim, low, high, count, block_size, head_dim, weights);
+
+  int64_t valid[kMostRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t seen = position_of(p, first + r) + 1 - start;
+    valid[r] = seen < 0 ? 0 : seen < kTile ? seen : kTile;
+    if (valid[r] == 0) continue;
+    softmax_row(weights + r * kTile, valid[r], a.scale, p.rows.maximum + first + r, p.rows.lanes + (first + r) * kLanes,
+                sums + r * head_dim, head_dim);
+  }
+  // Positions ascend, so valid[r] is what all rows from r on may read; the rest of each row is its own.
+  for (int64_t r = 0; r < rows; r += kMostValueRows) {
+    const int64_t together = rows - r < kMostValueRows ? rows - r : kMostValueRows;
+    if (valid[r] > 0) {
+      kValueTiles[together - 1](weights + r * kTile, blocks.v, block_size, 0, valid[r], head_dim, sums + r * head_dim);
+    }
+    for (int64_t i = r + 1; i < r + together; ++i) {
+      if (valid[i] == valid[r]) continue;
+      kValueTiles[0](weights + i * kTile, blocks.v, block_size, valid[r], valid[i], head_dim, sums + i * head_dim);
+    }
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
+               float* scratch) {
+  const AttentionArgs& a = *args;
+  const int64_t group = a.num_heads / a.num_kv_heads, num_rows = (row_end - row_begin) * group;
+  Rows rows;
+  rows.query = scratch;
+  rows.sums = rows.query + num_rows * a.head_dim;
+  rows.weights = rows.sums + num_rows * a.head_dim;
+  rows.lanes = rows.weights + num_rows * kTile;
+  rows.maximum = rows.lanes + num_rows * kLanes;
+  const Problem p = {args, block_table, row_begin, group, num_rows, kv_head, rows};
+  start_rows(p);
+  const int64_t last = a.positions[row_end - 1] + 1, block_elements = static_cast<int64_t>(a.head_dim) * a.block_size;
+  for (int64_t start = 0; start < last; start += kTile) {
+    const int64_t tokens = last - start < kTile ? last - start : kTile;
+    Blocks blocks = {};
+    for (int64_t i = 0; i * a.block_size < tokens; ++i) {
+      const int64_t block = block_table[start / a.block_size + i];
+      const int64_t at = (block * a.num_kv_heads + kv_head) * block_elements;
+      blocks.k[i] = a.k_cache + at;
+      blocks.v[i] = a.v_cache + at;
+    }
+    for (int64_t first = 0; first < num_rows; first += kMostRows) attend(p, blocks, start, first, tile_rows(p, first));
+  }
+  finish_rows(p);
+}
+
+}  // namespace OCTAVO_NS
+}  // namespace octavo

@@ -1,0 +1,37 @@
+// The KV cache of one Program: [layers][K, then V][blocks], float16, one anonymous mapping.
+//
+// A thread of low priority touches the pages one after another once the pool is mapped, so that a busy server does not pay for
+// page faults inside its steps; nothing waits for it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#include "memory.h"
+
+namespace octavo {
+
+class KvPool {
+ public:
+  KvPool(int64_t num_layers, int64_t num_blocks, int64_t block_elements);  // elements of K of one block of one layer
+  ~KvPool();
+  KvPool(const KvPool&) = delete;
+  KvPool& operator=(const KvPool&) = delete;
+
+  int64_t num_blocks() const { return num_blocks_; }
+  uint16_t* k(int64_t layer) const { return base() + 2 * layer * layer_elements_; }
+  uint16_t* v(int64_t layer) const { return base() + (2 * layer + 1) * layer_elements_; }
+
+ private:
+  uint16_t* base() const { return reinterpret_cast<uint16_t*>(mapping_.data()); }
+  void touch_pages();
+
+  int64_t num_blocks_;
+  int64_t layer_elements_;
+  Mapping mapping_;
+  std::atomic<bool> stopping_{false};
+  std::thread toucher_;
+};
+
+}  // namespace octavo

@@ -1,0 +1,170 @@
+// The items of a step: what one thread does with a range of rows, a range of panels, a tile of attention or a row of logits.
+#include <algorithm>
+#include <cstring>
+
+#include "program.h"
+
+namespace octavo {
+
+int64_t Program::num_stages() const { return static_cast<int64_t>(items_.size()); }
+
+int64_t Program::num_items(int64_t stage) const { return items_[static_cast<size_t>(stage)]; }
+
+void Program::work(int64_t stage_number, int64_t item, int thread) {
+  const auto index = static_cast<size_t>(stage_number);
+  if (index == stages_.size()) return run_sample(item, thread);
+  const Stage& stage = stages_[index];
+  const int64_t begin = item * chunks_[index];
+  if (stage.kind == Stage::Kind::kAttention) {
+    run_attention(stage, item, thread);
+  } else if (stage.kind == Stage::Kind::kLinear) {
+    run_linear(stage, begin, begin + chunks_[index], thread);
+  } else {
+    const int64_t rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
+    run_rows(stage, begin, std::min(rows, begin + chunks_[index]));
+  }
+}
+
+void Program::run_rows(const Stage& stage, int64_t begin, int64_t end) {
+  for (const RowOp& op : stage.ops) run_row_op(op, begin, end);
+}
+
+void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end) {
+  const int64_t rows = end - begin, count = rows * op.features, offset = begin * op.features;
+  const auto bytes = static_cast<size_t>(count) * sizeof(float);
+  const float* a = op.a < 0 ? nullptr : at(op.a) + offset;
+  const float* b = op.b < 0 ? nullptr : at(op.b) + offset;
+  float* out = op.out < 0 ? nullptr : at(op.out) + offset;
+  switch (op.kind) {
+    case RowOp::Kind::kInput:
+      std::memcpy(out, batch_->inputs[static_cast<size_t>(op.input)] + offset, bytes);
+      break;
+    case RowOp::Kind::kEmbed:
+      for (int64_t i = begin; i < end; ++i, out += op.features) {
+        kernels_.embed_row(&weights_.matrix(op.weight), batch_->token_ids[i], out);
+      }
+      break;
+    case RowOp::Kind::kSelect:
+      for (int64_t i = begin; i < end; ++i, out += op.features) {
+        std::memcpy(out, at(op.a) + batch_->logits_rows[i] * op.features, static_cast<size_t>(op.features) * sizeof(float));
+      }
+      break;
+    case RowOp::Kind::kCopy:
+      std::memcpy(out, a, bytes);
+      break;
+    case RowOp::Kind::kRmsNorm:
+      kernels_.rms_norm(a, weights_.vector(op.weight), op.eps, rows, op.features, out);
+      break;
+    case RowOp::Kind::kAdd:
+      kernels_.add(a, b, count, out);
+      break;
+    case RowOp::Kind::kSiluMul:
+      kernels_.silu_mul(a, b, count, out);
+      break;
+    case RowOp::Kind::kQuantize: {
+      const int32_t group = quantized_[static_cast<size_t>(op.quantized)].group;
+      kernels_.quantize_rows(a, op.features, rows, op.features, group, quantized_rows(op.quantized, begin));
+      break;
+    }
+    case RowOp::Kind::kRope: {
+      const RopeTable& table = ropes_[static_cast<size_t>(op.table)];
+      kernels_.rope(out, op.features, rows, op.num_heads, static_cast<int32_t>(2 * table.inv_freq.size()),
+                    table.rows.data() + begin);
+      break;
+    }
+    case RowOp::Kind::kWriteKv: {
+      const CacheGeometry& cache = caches_[static_cast<size_t>(op.cache)];
+      const AttentionArgs args = attention_args(cache);
+      kernels_.write_kv(a, b, op.features, rows, &args, kv_->k(cache.layer), kv_->v(cache.layer), batch_->slots + begin);
+      break;
+    }
+  }
+}
+
+QuantizedRows Program::quantized_rows(int id, int64_t row) {
+  const QuantizedPlace& place = quantized_[static_cast<size_t>(id)];
+  const int64_t groups = place.features / place.group;
+  return {reinterpret_cast<int8_t*>(arena_.data() + place.codes) + row * place.features, at(place.scales) + row * groups,
+          reinterpret_cast<int32_t*>(at(place.sums)) + row * groups};
+}
+
+void Program::run_linear(const Stage& stage, int64_t begin, int64_t end, int thread) {
+  LinearArgs args{};
+  args.rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
+  if (stage.quantized >= 0) {
+    args.quantized = quantized_rows(stage.quantized, 0);
+  } else {
+    args.x = at(stage.x);
+  }
+  args.scratch = linear_scratch_[static_cast<size_t>(thread)].data();
+  for (const LinearPart& part : stage.parts) {
+    const PackedWeight& weight = weights_.matrix(part.weight);
+    const int64_t panels = (weight.n + kPanel - 1) / kPanel;
+    if (begin < panels && end > 0) {
+      args.weight = &weight;
+      args.out = at(part.out);
+      args.out_stride = weight.n;
+      args.bias = part.bias < 0 ? nullptr : weights_.vector(part.bias);
+      args.residual = part.residual < 0 ? nullptr : at(part.residual);
+      kernels_.linear(&args, std::max<int64_t>(begin, 0), std::min(end, panels));
+    }
+    begin -= panels;
+    end -= panels;
+  }
+}
+
+AttentionArgs Program::attention_args(const CacheGeometry& geometry) const {
+  AttentionArgs args{};
+  args.k_cache = kv_->k(geometry.layer);
+  args.v_cache = kv_->v(geometry.layer);
+  args.num_heads = geometry.num_heads;
+  args.num_kv_heads = geometry.num_kv_heads;
+  args.head_dim = geometry.head_dim;
+  args.block_size = static_cast<int32_t>(limits_.block_size);
+  args.scale = geometry.scale;
+  args.positions = batch_->positions;
+  return args;
+}
+
+void Program::run_attention(const Stage& stage, int64_t item, int thread) {
+  const CacheGeometry& geometry = caches_[static_cast<size_t>(stage.cache)];
+  const AttentionItem& tile = attention_items_[static_cast<size_t>(item / geometry.num_kv_heads)];
+  AttentionArgs args = attention_args(geometry);
+  args.query = at(stage.x);
+  args.out = at(stage.out);
+  kernels_.attention(&args, batch_->block_table + tile.sequence * batch_->table_width, tile.row_begin, tile.row_end,
+                     static_cast<int32_t>(item % geometry.num_kv_heads),
+                     reinterpret_cast<float*>(attention_scratch_[static_cast<size_t>(thread)].data()));
+}
+
+void Program::run_sample(int64_t row, int thread) {
+  const SamplingView& s = *sampling_;
+  SampleArgs args{};
+  args.logits = at(logits_) + row * vocab_;
+  args.work = reinterpret_cast<float*>(sample_scratch_[static_cast<size_t>(thread)].data());
+  args.vocab = vocab_;
+  args.temperature = s.temperature[row];
+  args.top_p = s.top_p[row];
+  args.min_p = s.min_p[row];
+  args.repetition = s.repetition[row];
+  args.presence = s.presence[row];
+  args.frequency = s.frequency[row];
+  args.top_k = s.top_k[row];
+  args.index = s.index[row];
+  args.position = s.position[row];
+  args.num_logprobs = s.num_logprobs[row];
+  args.seed = s.seed[row];
+  args.seen_ids = s.seen_ids + s.seen_start[row];
+  args.seen_counts = s.seen_counts + s.seen_start[row];
+  args.num_seen = s.seen_start[row + 1] - s.seen_start[row];
+  args.bias_ids = s.bias_ids + s.bias_start[row];
+  args.bias_values = s.bias_values + s.bias_start[row];
+  args.num_bias = s.bias_start[row + 1] - s.bias_start[row];
+  args.token = s.tokens + row;
+  args.logprob = s.logprobs + row;
+  args.top_ids = s.top_ids + row * s.top_width;
+  args.top_logprobs = s.top_logprobs + row * s.top_width;
+  kernels_.sample(&args);
+}
+
+}  // namespace octavo

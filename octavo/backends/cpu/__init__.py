@@ -1,0 +1,75 @@
+"""The CPU backend: a graph lowered once to native stages (csrc/), replayed with a call a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from octavo.backends.cpu import _native
+from octavo.backends.cpu.lowering import lower
+from octavo.backends.cpu.packing import add_matrix, add_vector
+from octavo.backends.cpu.program import CpuProgram
+from octavo.backends.program import CompileOptions, Progress
+from octavo.errors import KernelError
+from octavo.graph.tensors import GroupedTensor, StoredTensor
+from octavo.graph.trace import Graph
+
+__all__ = ["compile"]
+
+
+def compile(
+    graph: Graph,
+    weights: Mapping[str, StoredTensor],
+    options: CompileOptions,
+    *,
+    progress: Progress | None = None,
+) -> CpuProgram:
+    """Repack the weights and lower the graph; `weights` are not needed afterwards.
+
+    Args:
+        graph: what to compute.
+        weights: every weight that the graph declares.
+        options: sizes, threads and instruction set.
+        progress: called with the fraction of the weights packed.
+
+    Raises:
+        ConfigError: the graph has an operator that this backend lacks.
+        KernelError: a weight is missing or of another shape than declared, an operator is outside
+            this backend's contract, or the machine lacks the instruction set; the message says
+            which.
+    """
+    for name, shape in graph.weights.items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
+    groups = {n: w.group for n, w in weights.items() if isinstance(w, GroupedTensor)}
+    plan = lower(graph, groups, options)
+    try:
+        native = _native.Program(
+            options.isa,
+            options.num_threads,
+            options.block_size,
+            options.max_num_tokens,
+            options.max_num_rows,
+            options.max_model_len,
+        )
+    except ValueError as error:
+        raise KernelError(str(error)) from None
+    return CpuProgram(native, graph, plan, options, _pack(native, graph, weights, progress))
+
+
+def _pack(
+    native: _native.Program,
+    graph: Graph,
+    weights: Mapping[str, StoredTensor],
+    progress: Progress | None,
+) -> dict[str, int]:
+    """The native numbers of the graph's weights: matrices packed, vectors copied."""
+    numbers: dict[str, int] = {}
+    total = sum(weights[name].nbytes for name in graph.weights)
+    done = 0
+    for name, shape in graph.weights.items():
+        add = add_matrix if len(shape) == 2 else add_vector
+        numbers[name] = add(native, name, weights[name])
+        done += weights[name].nbytes
+        if progress is not None:
+            progress(done / total)
+    return numbers
