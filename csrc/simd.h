@@ -298,10 +298,11 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 #endif
 
 // ---- four bytes a lane: the arithmetic of grouped weights -----------------------------------------------------------
-// dot(acc, w, x): acc + the sum of four products u8 * s8 a lane; x is the same four int8 in every lane. w <= 127 on
-// AVX2, whose 16-bit pairs saturate: eight-bit codes take dot_centred, whose w is code - 128 as int8 and whose x is
-// within +-127 (|w| times x with the sign of w moved onto it). low_nibbles and high_nibbles split 64 packed bytes.
-// dot_nibbles is dot for w <= 15 and at most eight calls a sum (a group of 32): AVX2 keeps 16-bit sums until widen().
+// low_nibbles and high_nibbles split 64 packed bytes; broadcast_x4 puts the same four int8 x, within +-127, in every lane.
+// dot_bytes(acc, load_bytes(p), x): acc + the sum of four products (code - kBytesZero) * x a lane. kBytesZero is 128 on AVX2,
+// whose u8 * s8 pairs saturate at 16 bits: it multiplies |code - 128| by x with the sign moved onto it.
+// start_nibbles(s), dot_nibbles at most eight times, end_nibbles(sums, s) is the same sum from s for w <= 15: AVX2 keeps it in
+// 16 bits meanwhile.
 
 #if defined(OCTAVO_ISA_AVX512)
 
@@ -316,8 +317,9 @@ OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   memcpy(&four, p, sizeof four);
   return {_mm512_set1_epi32(four)};
 }
-OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
-constexpr bool kDotTakesEightBits = true;
+constexpr int32_t kBytesZero = 0;
+OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
+OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
 
 #elif defined(OCTAVO_ISA_AVX2)
 
@@ -344,26 +346,26 @@ OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
 OCTAVO_INLINE __m256i dot8(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
-OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) { return {dot8(acc.lo, w.lo, x.lo), dot8(acc.hi, w.hi, x.hi)}; }
-OCTAVO_INLINE i32x16 dot_centred(i32x16 acc, u8x64 w, u8x64 x) {
-  return {dot8(acc.lo, _mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
-          dot8(acc.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
-}
-OCTAVO_INLINE u8x64 centre(u8x64 a) {  // code to code - 128 as int8
+constexpr int32_t kBytesZero = 128;
+OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) {
+  const u8x64 a = load_u8(p);
   const __m256i top = _mm256_set1_epi8(static_cast<char>(-128));
   return {_mm256_xor_si256(a.lo, top), _mm256_xor_si256(a.hi, top)};
 }
-constexpr bool kDotTakesEightBits = false;
+OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) {
+  return {dot8(acc.lo, _mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
+          dot8(acc.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
+}
 
 struct nibble_sums { __m256i lo, hi; };  // 16 bits: 8 * 2 * 15 * 127 < 2**15
-OCTAVO_INLINE nibble_sums no_nibbles() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+OCTAVO_INLINE nibble_sums start_nibbles(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) {
   return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
           _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))};
 }
-OCTAVO_INLINE i32x16 widen(nibble_sums acc) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
+OCTAVO_INLINE i32x16 end_nibbles(nibble_sums acc, int32_t start) {
+  const __m256i ones = _mm256_set1_epi16(1), from = _mm256_set1_epi32(start);
+  return {_mm256_add_epi32(_mm256_madd_epi16(acc.lo, ones), from), _mm256_add_epi32(_mm256_madd_epi16(acc.hi, ones), from)};
 }
 
 #else
@@ -387,21 +389,23 @@ OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   for (int i = 0; i < 64; ++i) result.v[i] = static_cast<uint8_t>(p[i & 3]);
   return result;
 }
-OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) {
+constexpr int32_t kBytesZero = 0;
+OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
+OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) {
   for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < 4; ++j) acc.v[i] += w.v[4 * i + j] * static_cast<int8_t>(x.v[4 * i + j]);
+    int32_t sum = 0;
+    for (int j = 0; j < 4; ++j) sum += w.v[4 * i + j] * static_cast<int8_t>(x.v[4 * i + j]);
+    acc.v[i] = wrap(unwrap(acc.v[i]) + unwrap(sum));
   }
   return acc;
 }
-constexpr bool kDotTakesEightBits = true;
-
 #endif
 
 #if !defined(OCTAVO_ISA_AVX2)
 using nibble_sums = i32x16;
-OCTAVO_INLINE nibble_sums no_nibbles() { return set1_i32(0); }
-OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) { return dot(acc, w, x); }
-OCTAVO_INLINE i32x16 widen(nibble_sums acc) { return acc; }
+OCTAVO_INLINE nibble_sums start_nibbles(int32_t start) { return set1_i32(start); }
+OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) { return dot_bytes(acc, w, x); }
+OCTAVO_INLINE i32x16 end_nibbles(nibble_sums acc, int32_t) { return acc; }
 #endif
 
 // ---- written once over the above ----------------------------------------------------------------------------------
