@@ -68,6 +68,7 @@ class AsyncEngine:
         self._socket = sock
         self._channel: ClientChannel | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._connecting = asyncio.Lock()
         self._settled = asyncio.Event()
         self._queues: dict[str, DeltaQueue] = {}
         self._processor: OutputProcessor | None = None
@@ -128,9 +129,10 @@ class AsyncEngine:
 
     async def connect(self) -> None:
         """Begin to listen to the engine, in the running event loop; idempotent."""
-        if self._channel is None:
-            self._channel = await ClientChannel.open(self._socket)
-            self._reader = asyncio.create_task(self._listen(self._channel))
+        async with self._connecting:
+            if self._channel is None and self.failure is None:
+                self._channel = await ClientChannel.open(self._socket)
+                self._reader = asyncio.create_task(self._listen(self._channel))
 
     async def wait_ready(self) -> Capacity:
         """Wait until the engine has decoded its first token.

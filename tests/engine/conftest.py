@@ -27,7 +27,6 @@ def tiny_config(tiny_model_path: Path) -> Callable[..., EngineConfig]:
             "served_name": "tiny",
             "memory_bytes": 1 << 20,
             "num_threads": 1,
-            "backend": "reference",
             **values,
         }
         return EngineConfig(**settings)  # type: ignore[arg-type]

@@ -74,6 +74,7 @@ def test_a_life_of_an_engine(tiny_config: MakeConfig, tiny_tokenizer: Tokenizer)
     async def use(engine: AsyncEngine) -> None:
         assert engine.phase == "starting"
         assert engine.capacity is None
+        await asyncio.gather(engine.connect(), engine.connect())
         capacity = await engine.wait_ready()
         assert engine.phase == "ready"
         assert capacity.model == "tiny"
@@ -207,6 +208,7 @@ def test_closing_ends_running_requests(tiny_config: MakeConfig, tiny_tokenizer: 
         with pytest.raises(EngineDeadError, match="closed"):
             await task
         assert engine.phase == "closed"
+        await engine.close()
 
     with_engine(tiny_config(), tiny_tokenizer, use)
 
@@ -228,6 +230,17 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(
 
     with_engine(tiny_config(model=str(tmp_path / "nothing.gguf")), tiny_tokenizer, use)
     assert capfd.readouterr().err == ""
+
+
+def test_an_engine_that_is_closed_before_it_is_used(
+    tiny_config: MakeConfig, tiny_tokenizer: Tokenizer
+) -> None:
+    async def use(engine: AsyncEngine) -> None:
+        await engine.close()
+        with pytest.raises(EngineDeadError, match="closed"):
+            await collect(engine, [1], GREEDY)
+
+    with_engine(tiny_config(), tiny_tokenizer, use)
 
 
 def test_a_wrong_configuration_starts_nothing(tiny_config: MakeConfig) -> None:

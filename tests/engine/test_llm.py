@@ -18,7 +18,7 @@ from octavo.errors import (
     ModelFileError,
 )
 
-OPTIONS: dict[str, Any] = {"backend": "reference", "memory": "1MiB", "threads": 1}
+OPTIONS: dict[str, Any] = {"memory": "1MiB", "threads": 1}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 

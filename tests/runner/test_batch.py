@@ -107,9 +107,9 @@ def test_build_equals_lists(seed: int) -> None:
         if not scheduled:
             continue
         sampled = obvious.check(table, plan)
-        ids = np.array([dice.randrange(1000) for _ in sampled.rows], np.int32)
-        table.append_tokens(sampled, ids)
-        for row, token_id in zip(sampled.rows.tolist(), ids.tolist(), strict=True):
+        new_ids = np.array([dice.randrange(1000) for _ in sampled.rows], np.int32)
+        table.append_tokens(sampled, new_ids)
+        for row, token_id in zip(sampled.rows.tolist(), new_ids.tolist(), strict=True):
             obvious.tokens[row].append(token_id)
 
 

@@ -1,0 +1,280 @@
+"""The same request gives the same bytes: tokens and logprobs, whatever runs beside it.
+
+Compared bit for bit with each request alone, its prompt computed whole, without prefix cache, on
+one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import LLM, AsyncEngine
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.tokenizer.load import load_tokenizer
+from octavo.types import EngineRequest, EngineStats, SamplingParams, TokenLogprob
+
+Answer = tuple[tuple[int, ...], tuple[TokenLogprob, ...], str]
+Answers = dict[tuple[str, int], Answer]
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "logprobs": 5},
+    {"temperature": 1.0, "logprobs": 0},
+    {"temperature": 0.8, "top_k": 20, "logprobs": 2},
+    {"temperature": 1.3, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logprobs": 1},
+    {"temperature": 0.0, "frequency_penalty": 1.0, "logit_bias": {11: 3.0, 12: -5.0}},
+    {"temperature": 1.0, "n": 3, "logprobs": 1},
+    {"temperature": 0.9, "min_tokens": 5, "ignore_eos": False},
+]
+
+
+def make_requests(
+    count: int, vocab_size: int, max_prompt: int, max_tokens: int
+) -> list[EngineRequest]:
+    """Requests of every kind; some prompts share their beginning, one is repeated."""
+    dice = random.Random(count)
+    shared = [dice.randrange(vocab_size) for _ in range(max_prompt)]
+    requests = []
+    for number in range(count):
+        length = dice.randint(1, max_prompt)
+        own = [dice.randrange(vocab_size) for _ in range(length)]
+        begin = dice.choice([0, 0, length // 2, length])
+        settings = {"ignore_eos": True, **KINDS[number % len(KINDS)]}
+        params = SamplingParams(seed=number, max_tokens=dice.randint(1, max_tokens), **settings)
+        if params.min_tokens > (params.max_tokens or 0):
+            params = SamplingParams(seed=number, max_tokens=max_tokens, **settings)
+        prompt = shared[:begin] + own[begin:]
+        requests.append(EngineRequest(request_id=f"r{number}", prompt_ids=prompt, params=params))
+    return requests
+
+
+def run(
+    core: EngineCore, requests: Sequence[EngineRequest], *, at_once: int | None = None
+) -> Answers:
+    """The answers, with at most `at_once` requests in the engine at a time."""
+    waiting = list(requests)[::-1]
+    tokens: dict[tuple[str, int], list[int]] = {}
+    logprobs: dict[tuple[str, int], list[TokenLogprob]] = {}
+    answers: Answers = {}
+    alive: dict[str, int] = {}
+    while waiting or alive:
+        while waiting and (at_once is None or len(alive) < at_once):
+            request = waiting.pop()
+            core.add(request)
+            alive[request.request_id] = request.params.n
+        for update in core.step():
+            key = update.request_id, update.index
+            tokens.setdefault(key, []).extend(update.token_ids)
+            logprobs.setdefault(key, []).extend(update.logprobs)
+            if update.finish_reason is not None:
+                answers[key] = tuple(tokens[key]), tuple(logprobs[key]), update.finish_reason
+                alive[key[0]] -= 1
+                if alive[key[0]] == 0:
+                    del alive[key[0]]
+    assert core.stats().num_blocks_used == 0
+    return answers
+
+
+def answers_of(
+    path: Path, requests: Sequence[EngineRequest], *, times: int = 1, **options: Any
+) -> tuple[list[Answers], EngineStats]:
+    """What an engine answers to all requests at once, again and again, and its statistics."""
+    at_once = options.pop("at_once", None)
+    settings = {"memory_bytes": 32 << 20, "num_threads": 1, **options}
+    config = EngineConfig(model=str(path), served_name="m", **settings)
+    core = EngineCore.load(config.validate())
+    try:
+        runs = [run(core, requests, at_once=at_once) for _ in range(times)]
+        return runs, core.stats()
+    finally:
+        core.close()
+
+
+def alone(path: Path, requests: Sequence[EngineRequest]) -> Answers:
+    """The yardstick: one request after the other, each prompt in one step."""
+    [answers], stats = answers_of(
+        path, requests, at_once=1, use_prefix_cache=False, max_num_batched_tokens=512
+    )
+    assert stats.num_preemptions == stats.prefix_cache_hits == 0
+    return answers
+
+
+# ---- The tiny model: every batch and chunk size ----------------------------------------------
+
+TINY_COUNT = 18
+
+
+@pytest.fixture(scope="module")
+def tiny_requests() -> list[EngineRequest]:
+    return make_requests(TINY_COUNT, vocab_size=262, max_prompt=70, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def tiny_alone(tiny_model_path: Path, tiny_requests: list[EngineRequest]) -> Answers:
+    answers = alone(tiny_model_path, tiny_requests)
+    assert len(answers) == sum(r.params.n for r in tiny_requests)
+    assert len({a[0] for a in answers.values()}) > TINY_COUNT // 2, "the answers tell apart"
+    return answers
+
+
+@pytest.mark.parametrize("batch", [*range(1, 13), 16, 24])
+def test_every_batch_size(
+    tiny_model_path: Path, tiny_requests: list[EngineRequest], tiny_alone: Answers, batch: int
+) -> None:
+    [answers], _ = answers_of(
+        tiny_model_path, tiny_requests, max_num_seqs=batch, use_prefix_cache=False
+    )
+    assert answers == tiny_alone
+
+
+@pytest.mark.parametrize("chunk", [*range(1, 36), 47, 48, 49, 63, 64, 65, 128, 256])
+def test_every_chunk_size(
+    tiny_model_path: Path, tiny_requests: list[EngineRequest], tiny_alone: Answers, chunk: int
+) -> None:
+    [answers], _ = answers_of(tiny_model_path, tiny_requests, max_num_batched_tokens=chunk)
+    assert answers == tiny_alone
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_warm_prefix_cache_and_any_threads(
+    tiny_model_path: Path,
+    tiny_requests: list[EngineRequest],
+    tiny_alone: Answers,
+    block_size: int,
+    threads: int,
+) -> None:
+    (cold, warm), stats = answers_of(
+        tiny_model_path, tiny_requests, times=2, block_size=block_size, num_threads=threads
+    )
+    assert cold == warm == tiny_alone
+    assert stats.prefix_cache_hits > 0
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+@pytest.mark.parametrize("use_prefix_cache", [False, True])
+def test_preemption(tiny_model_path: Path, chunk: int, use_prefix_cache: bool) -> None:
+    # Sequences that begin short and grow long: the pool is full while they run.
+    requests = make_requests(16, vocab_size=262, max_prompt=9, max_tokens=60)
+    token_bytes = 2 * 2 * 2 * 16 * 2  # K and V, layers, heads, head_dim, fp16
+    [answers], stats = answers_of(
+        tiny_model_path,
+        requests,
+        memory_bytes=128 * token_bytes,
+        max_num_batched_tokens=chunk,
+        use_prefix_cache=use_prefix_cache,
+        block_size=8,
+    )
+    assert answers == alone(tiny_model_path, requests)
+    assert stats.num_preemptions > 2
+
+
+def test_streamed_or_not(tiny_model_path: Path) -> None:
+    """Text, ids and logprobs of a stream from the engine process are those of LLM."""
+    params = [
+        SamplingParams(temperature=1.0, n=2, seed=3, max_tokens=40, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=0.5, seed=4, max_tokens=40, ignore_eos=True, stop=("a", "in")),
+    ]
+    prompts = [[5, 6, 7], list(range(100, 150))]
+
+    async def stream() -> list[dict[int, Answer]]:
+        config = EngineConfig(
+            model=str(tiny_model_path), served_name="m", memory_bytes=32 << 20, num_threads=2
+        )
+        engine = AsyncEngine.launch(config, load_tokenizer(tiny_model_path))
+
+        async def one(prompt: list[int], its: SamplingParams) -> dict[int, Answer]:
+            answers: dict[int, Answer] = dict.fromkeys(range(its.n), ((), (), ""))
+            async for delta in engine.generate(prompt, its, request_id="r"):
+                ids, logprobs, text = answers[delta.index]
+                answers[delta.index] = (
+                    ids + delta.token_ids, logprobs + delta.logprobs, text + delta.text
+                )  # fmt: skip
+            return answers
+
+        try:
+            return await asyncio.gather(*map(one, prompts, params))
+        finally:
+            await engine.close()
+
+    with LLM(str(tiny_model_path), memory="32MiB", threads=1) as llm:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
+    whole = [
+        {o.index: (o.token_ids, o.logprobs or (), o.text) for o in output.outputs}
+        for output in outputs
+    ]
+    assert asyncio.run(stream()) == whole
+
+
+# ---- The default model -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_requests() -> list[EngineRequest]:
+    return make_requests(50, vocab_size=49_000, max_prompt=48, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def real_alone(smollm2_path: Path, real_requests: list[EngineRequest]) -> Answers:
+    return alone(smollm2_path, real_requests)
+
+
+def check(path: Path, requests: list[EngineRequest], expected: Answers, **options: Any) -> None:
+    settings = {"num_threads": 2, "memory_bytes": 256 << 20, **options}
+    runs, _ = answers_of(path, requests, **settings)
+    for answers in runs:
+        assert answers == expected
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 6, 7, 16, 50])
+def test_batches_of_the_default_model(
+    smollm2_path: Path, real_requests: list[EngineRequest], real_alone: Answers, batch: int
+) -> None:
+    check(smollm2_path, real_requests, real_alone, max_num_seqs=batch, use_prefix_cache=False)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 33, 256])
+def test_chunks_of_the_default_model(
+    smollm2_path: Path, real_requests: list[EngineRequest], real_alone: Answers, chunk: int
+) -> None:
+    check(smollm2_path, real_requests, real_alone, max_num_batched_tokens=chunk, times=2)
+
+
+def test_preemption_of_the_default_model(smollm2_path: Path) -> None:
+    requests = make_requests(12, vocab_size=49_000, max_prompt=9, max_tokens=50)
+    block_bytes = 2 * 30 * 3 * 64 * 2 * 8  # K and V, layers, heads, head_dim, fp16, tokens
+    [answers], stats = answers_of(
+        smollm2_path, requests, memory_bytes=16 * block_bytes, num_threads=2, block_size=8
+    )
+    assert answers == alone(smollm2_path, requests)
+    assert stats.num_preemptions > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [3, 4, 8, 9, 15, 17, 31, 32, 33])
+@pytest.mark.parametrize("chunk", [2, 5, 15, 17, 64, 127, 512])
+def test_more_of_the_default_model(
+    smollm2_path: Path,
+    real_requests: list[EngineRequest],
+    real_alone: Answers,
+    threads: int,
+    batch: int,
+    chunk: int,
+) -> None:
+    check(
+        smollm2_path,
+        real_requests,
+        real_alone,
+        max_num_seqs=batch,
+        max_num_batched_tokens=chunk,
+        num_threads=threads,
+    )
