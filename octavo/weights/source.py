@@ -64,8 +64,13 @@ def resolve(spec: str, *, progress: Progress | None = None) -> Path:
     if name in ALIASES or name.startswith("hf:"):
         return _cached(name) or pull(name, progress=progress)
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    if name and path.exists():
-        return path.absolute()
+    try:
+        if name and path.exists():
+            return path.absolute()
+    except OSError as error:
+        raise ModelFileError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     raise _unknown(name)
 
 
@@ -86,10 +91,22 @@ def pull(spec: str, *, progress: Progress | None = None) -> Path:
 
 
 def list_models() -> list[CachedModel]:
-    """The models in the cache, by name; half-fetched ones are none."""
+    """The models in the cache, by name; half-fetched ones are none.
+
+    Raises:
+        ConfigError: the cache folder cannot be read.
+    """
     found = []
-    folders = cache_home() / "models"
-    for folder in sorted(folders.iterdir()) if folders.is_dir() else ():
+    try:
+        folders = sorted((cache_home() / "models").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {cache_home()} cannot be read ({error.strerror}); check its "
+            "permissions, or set OCTAVO_HOME to another folder"
+        ) from None
+    for folder in folders:
         marker = read_marker(folder)
         if marker is not None:
             size = sum(marker.files.values())

@@ -373,6 +373,20 @@ def test_paths(tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
     assert not cache_home.exists()
 
 
+def test_folders_that_cannot_be_read(
+    cache_home: Path, monkeypatch: pytest.MonkeyPatch, one_sentence: OneSentence
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert "Permission denied" in refusal("secret/m.gguf", one_sentence)
+    with pytest.raises(ConfigError) as caught:
+        source.list_models()
+    assert "set OCTAVO_HOME" in one_sentence(caught)
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
