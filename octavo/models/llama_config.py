@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from octavo.errors import ModelFileError
 from octavo.models.rope import FrequencyDivisors, RopeConfig
 from octavo.models.rope_source import rope_from_folder, rope_from_gguf
-from octavo.models.source import MAX_LAYERS, ConfigSource
+from octavo.models.source import MAX_HEAD_DIM, MAX_LAYERS, ConfigSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ def from_folder(source: ConfigSource) -> LlamaConfig:
         num_hidden_layers=source.integer("num_hidden_layers", most=MAX_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=source.integer("num_key_value_heads", heads),
-        head_dim=source.integer("head_dim", max(1, hidden_size // heads)),
+        head_dim=source.integer("head_dim", max(1, hidden_size // heads), most=MAX_HEAD_DIM),
         rms_norm_eps=source.number("rms_norm_eps"),
         max_position_embeddings=context,
         rope=rope_from_folder(source, context),
@@ -112,7 +112,9 @@ def from_gguf(source: ConfigSource) -> LlamaConfig:
         raise ModelFileError(f"{source.prefix}expert_count: mixtures of experts are not supported")
     hidden_size = source.integer("embedding_length")
     heads = source.integer("attention.head_count")
-    head_dim = source.integer("attention.key_length", max(1, hidden_size // heads))
+    head_dim = source.integer(
+        "attention.key_length", max(1, hidden_size // heads), most=MAX_HEAD_DIM
+    )
     for key in ("attention.value_length", "rope.dimension_count"):
         source.require(key, source.integer(key, head_dim), head_dim)
     tokens = source.values.get("tokenizer.ggml.tokens")

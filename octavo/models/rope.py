@@ -68,7 +68,9 @@ class RopeConfig:
 
 
 def _f32(x: float) -> float:
-    """The float32 nearest to x."""
+    """The float32 nearest to x (infinity beyond the largest)."""
+    if abs(x) > 3.4028235677973366e38:
+        return math.copysign(math.inf, x)
     rounded: float = struct.unpack("<f", struct.pack("<f", x))[0]
     return rounded
 

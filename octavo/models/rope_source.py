@@ -10,7 +10,7 @@ from octavo.models.rope import (
     RopeConfig,
     Scaling,
 )
-from octavo.models.source import ConfigSource
+from octavo.models.source import ConfigSource, is_sensible
 
 GGUF_DIVISORS = "rope_freqs.weight"
 
@@ -68,7 +68,7 @@ def rope_from_gguf(source: ConfigSource) -> RopeConfig:
         return RopeConfig(theta, LinearScaling(factor))
     if has_divisors:
         divisors = source.read_numbers(GGUF_DIVISORS)
-        if not all(0 < d < float("inf") for d in divisors):
-            raise ModelFileError(f"{GGUF_DIVISORS} holds a value that is not a positive number")
+        if not all(is_sensible(d) for d in divisors):
+            raise ModelFileError(f"{GGUF_DIVISORS} holds a value outside the sensible range")
         return RopeConfig(theta, FrequencyDivisors(divisors))
     return RopeConfig(theta)

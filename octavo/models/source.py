@@ -7,7 +7,6 @@ small tensor as numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,8 +16,15 @@ from octavo.errors import ModelFileError
 T = TypeVar("T")
 
 MAX_LAYERS = 1024
+MAX_HEAD_DIM = 4096
 MAX_SIZE = 1 << 24
-"""No model has more layers or a larger dimension: a file that says so is corrupt."""
+MAX_NUMBER = 1e12
+"""No model has more layers or larger dimensions and numbers: a file that says so is corrupt."""
+
+
+def is_sensible(value: float) -> bool:
+    """Whether a number is neither so small nor so large (nor NaN) that float32 would lose it."""
+    return 1 / MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def _no_numbers(name: str) -> tuple[float, ...]:
@@ -66,12 +72,12 @@ class ConfigSource:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number; without a default the key must be there."""
+        """A number of sensible size; without a default the key must be there."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._fault(key, "a number", value)
-        if not (math.isfinite(value) and value > 0):
-            raise self._fault(key, "a positive number", value)
+        if not is_sensible(value):
+            raise self._fault(key, f"a number from {1 / MAX_NUMBER:g} to {MAX_NUMBER:g}", value)
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
