@@ -57,7 +57,10 @@ void RopeTable::fill(int64_t positions) {
 }
 
 Program::Program(const char* isa_or_null, int num_threads, const Limits& limits)
-    : kernels_(table_or_throw(isa_or_null)), limits_(limits), pool_(num_threads) {}
+    : kernels_(table_or_throw(isa_or_null)), limits_(limits), pool_(num_threads) {
+  const int64_t size = limits.block_size;
+  require(size == 8 || size == 16 || size == 32 || size == 64, "block_size must be 8, 16, 32 or 64");
+}
 
 int Program::add_rope_table(std::vector<float> inv_freq) {
   RopeTable table;

@@ -1,0 +1,197 @@
+"""What the backends' tests share: random weights in stored forms, batches, one-operator graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from octavo.backends import cpu, reference
+from octavo.backends.cpu import _native
+from octavo.backends.program import CompileOptions, Program
+from octavo.graph.batch import Batch, Float32, SamplingRows
+from octavo.graph.tensors import DenseTensor, GroupedTensor, Plane, StoredTensor
+from octavo.graph.trace import Graph, Ops, Value
+
+ISAS = ("scalar", "avx2", "avx512")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set that this machine has."""
+    if not _native.has_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    name: str = request.param
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens of one sequence in a step: its blocks, how many came before, how many come."""
+
+    blocks: Sequence[int]
+    start: int
+    count: int
+
+
+class Kit:
+    """Builders; every method is a pure function of its arguments."""
+
+    Part = Part
+
+    @staticmethod
+    def options(**changes: Any) -> CompileOptions:
+        """Small sizes, two threads."""
+        sizes = {
+            "num_threads": 2,
+            "block_size": 16,
+            "max_num_tokens": 64,
+            "max_num_rows": 16,
+            "max_model_len": 512,
+        }
+        return CompileOptions(**{**sizes, **changes})
+
+    @staticmethod
+    def dense(values: NDArray[np.floating[Any]], dtype: str = "f32") -> DenseTensor:
+        """A dense weight; bf16 by cutting float32."""
+        if dtype == "bf16":
+            bits = np.ascontiguousarray(values, np.float32).view(np.uint32) >> np.uint32(16)
+            return DenseTensor(bits.astype(np.uint16), "bf16")
+        kind = np.float32 if dtype == "f32" else np.float16
+        return DenseTensor(values.astype(kind), "f32" if dtype == "f32" else "f16")
+
+    @staticmethod
+    def grouped(
+        rng: np.random.Generator, rows: int, columns: int, bits: int, group: int, minimums: bool
+    ) -> GroupedTensor:
+        """A random grouped weight: low nibbles and, above four bits, a plane for the rest."""
+        blocks = columns // group
+        codes = rng.integers(0, 1 << bits, (rows, blocks, group), dtype=np.uint8)
+        planes = []
+        for lift in range(0, bits, 4):
+            width = min(4, bits - lift)
+            part = (codes >> lift) & ((1 << width) - 1)
+            half = group // 2  # element e of the first half beside e + half, as in GGUF
+            data = part[:, :, :half] | (part[:, :, half:] << 4)
+            byte_of = np.tile(np.arange(half, dtype=np.uint16), 2)
+            shift_of = np.repeat(np.array([0, 4], np.uint8), half)
+            planes.append(Plane(data, byte_of, shift_of, width, lift))
+        scales = rng.uniform(0.5, 1.5, (rows, blocks)).astype(np.float16) / np.float16(2**bits)
+        lows = rng.normal(0, 0.3, (rows, blocks)).astype(np.float16) if minimums else None
+        return GroupedTensor(tuple(planes), bits, group, 1 << (bits - 1), scales, lows, "test")
+
+    @staticmethod
+    def batch(
+        parts: Sequence[Part],
+        block_size: int = 16,
+        *,
+        token_ids: Sequence[int] | None = None,
+        logits_rows: Sequence[int] | None = None,
+        inputs: Mapping[str, Float32] | None = None,
+    ) -> Batch:
+        """A step of these parts; without logits_rows the last token of each part."""
+        starts = np.cumsum([0, *(p.count for p in parts)])
+        width = max(len(p.blocks) for p in parts)
+        tables = np.zeros((len(parts), width), np.int32)
+        positions: list[int] = []
+        slots: list[int] = []
+        for table, part in zip(tables, parts, strict=True):
+            table[: len(part.blocks)] = part.blocks
+            for position in range(part.start, part.start + part.count):
+                positions.append(position)
+                block = part.blocks[position // block_size]
+                slots.append(block * block_size + position % block_size)
+        ids = np.zeros(len(positions), np.int32) if token_ids is None else token_ids
+        rows = starts[1:] - 1 if logits_rows is None else logits_rows
+        return Batch(
+            token_ids=np.asarray(ids, np.int32),
+            positions=np.array([positions], np.int32),
+            query_start_loc=starts.astype(np.int32),
+            seq_lens=np.array([p.start + p.count for p in parts], np.int32),
+            block_tables=(tables,),
+            slot_mapping=(np.array(slots, np.int32),),
+            logits_rows=np.asarray(rows, np.int32),
+            inputs=dict(inputs or {}),
+        )
+
+    @staticmethod
+    def rows(count: int, **changes: Any) -> SamplingRows:
+        """Greedy rows, but for the changes: one value for all rows or an array."""
+        values: dict[str, Any] = {
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "seed": 0,
+            "index": 0,
+            "position": 0,
+            "repetition": 1.0,
+            "presence": 0.0,
+            "frequency": 0.0,
+            "num_logprobs": -1,
+        }
+        whole = {"top_k", "index", "position", "num_logprobs"}
+        arrays: dict[str, Any] = {}
+        for name, default in values.items():
+            kind: type = np.uint64 if name == "seed" else np.int32 if name in whole else np.float32
+            value = changes.pop(name, default)
+            arrays[name] = np.ascontiguousarray(np.broadcast_to(np.asarray(value, kind), count))
+        for name in ("seen", "bias"):
+            lists = changes.pop(name, [{}] * count)
+            second = "seen_counts" if name == "seen" else "bias_values"
+            kind = np.int32 if name == "seen" else np.float32
+            arrays[f"{name}_start"] = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+            arrays[f"{name}_ids"] = np.array([i for d in lists for i in d], np.int32)
+            arrays[second] = np.array([v for d in lists for v in d.values()], kind)
+        assert not changes
+        return SamplingRows(**arrays)
+
+    @staticmethod
+    def graph(build: Callable[[Ops], Value]) -> Graph:
+        """The graph of one value, "out"; also "logits", which the reference samples from."""
+        ops = Ops()
+        out = build(ops)
+        return ops.finish(out=out, logits=out)
+
+    @staticmethod
+    def compile(
+        graph: Graph, weights: Mapping[str, StoredTensor], options: CompileOptions
+    ) -> Program:
+        """The cpu backend's Program."""
+        return cpu.compile(graph, weights, options)
+
+    @staticmethod
+    def both(
+        graph: Graph,
+        weights: Mapping[str, StoredTensor],
+        options: CompileOptions,
+        batches: Sequence[Batch],
+        num_blocks: int = 0,
+    ) -> tuple[Float32, Float32]:
+        """Output "out" of the last of the batches, from cpu and from reference."""
+        outs = []
+        for backend in (cpu, reference):
+            program = backend.compile(graph, weights, options)
+            if num_blocks:
+                program.allocate_cache(num_blocks)
+            for batch in batches:
+                output = program.run(batch, None, ("out",))
+            outs.append(output.values["out"])
+            program.close()
+        return outs[0], outs[1]
+
+
+@pytest.fixture(scope="session")
+def kit() -> type[Kit]:
+    """The builders."""
+    return Kit
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same in every run."""
+    return np.random.default_rng(11)

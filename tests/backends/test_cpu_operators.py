@@ -1,0 +1,199 @@
+"""Every operator of the cpu backend against the reference: ISAs, dtypes, edge shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octavo.graph.batch import Float32
+
+TOLERANCES = {  # relative to the greatest value of the output: float32 sums in another order
+    "embed": 0.0,
+    "rms_norm": 1e-6,
+    "linear dense": 4e-6,
+    "linear grouped": 4e-6,
+    "rope": 1e-6,
+    "attention": 4e-6,
+    "silu_mul": 1e-6,
+    "add": 0.0,
+    "select_rows": 0.0,
+}
+
+
+def assert_close(operator: str, actual: Float32, expected: Float32) -> None:
+    assert actual.shape == expected.shape
+    bound = TOLERANCES[operator] * np.abs(expected).max(initial=1e-30)
+    error = np.abs(actual - expected).max(initial=0)
+    assert error <= bound, f"{operator}: {error} is more than {bound}"
+
+
+def random_input(rng: np.random.Generator, tokens: int, features: int) -> Float32:
+    return rng.normal(0, 1, (tokens, features)).astype(np.float32)
+
+
+def step(kit: Any, **inputs: Float32) -> Any:
+    tokens = len(next(iter(inputs.values())))
+    return kit.batch([kit.Part(range(8), 0, tokens)], inputs=inputs)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "4 bits", "4 bits + minimums", "8 bits"])
+def test_embed(kit: Any, rng: np.random.Generator, isa: str, kind: str) -> None:
+    if kind in ("f32", "f16", "bf16"):
+        weight = kit.dense(rng.normal(0, 1, (70, 96)), kind)
+    else:
+        weight = kit.grouped(rng, 70, 96, int(kind[0]), 32, "minimums" in kind)
+    graph = kit.graph(lambda ops: ops.embed("e", 70, 96))
+    batch = kit.batch([kit.Part([0], 0, 5)], token_ids=[0, 69, 31, 32, 69])
+    actual, expected = kit.both(graph, {"e.weight": weight}, kit.options(isa=isa), [batch])
+    assert_close("embed", actual, expected)
+
+
+@pytest.mark.parametrize("features", [1, 15, 16, 64, 100, 576])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rms_norm(kit: Any, rng: np.random.Generator, isa: str, features: int, tokens: int) -> None:
+    graph = kit.graph(lambda ops: ops.rms_norm(ops.input("x", features), "n", 1e-5))
+    weights = {"n.weight": kit.dense(rng.normal(1, 0.1, features))}
+    batch = step(kit, x=random_input(rng, tokens, features))
+    assert_close("rms_norm", *kit.both(graph, weights, kit.options(isa=isa), [batch]))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 64), (70, 33), (1, 1)])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_linear_dense(
+    kit: Any, rng: np.random.Generator, isa: str, dtype: str, rows: int, columns: int, tokens: int
+) -> None:
+    graph = kit.graph(lambda ops: ops.linear(ops.input("x", columns), "w", rows, bias=True))
+    weights = {
+        "w.weight": kit.dense(rng.normal(0, 1, (rows, columns)), dtype),
+        "w.bias": kit.dense(rng.normal(0, 1, rows)),
+    }
+    batch = step(kit, x=random_input(rng, tokens, columns))
+    assert_close("linear dense", *kit.both(graph, weights, kit.options(isa=isa), [batch]))
+
+
+@pytest.mark.parametrize("minimums", [False, True])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 16), (8, 32), (6, 16)])
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_linear_grouped(
+    kit: Any, rng: np.random.Generator, isa: str, bits: int, group: int, minimums: bool, tokens: int
+) -> None:
+    graph = kit.graph(lambda ops: ops.linear(ops.input("x", 192), "w", 70, bias=True))
+    weights = {
+        "w.weight": kit.grouped(rng, 70, 192, bits, group, minimums),
+        "w.bias": kit.dense(rng.normal(0, 1, 70)),
+    }
+    batch = step(kit, x=random_input(rng, tokens, 192))
+    assert_close("linear grouped", *kit.both(graph, weights, kit.options(isa=isa), [batch]))
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 96, 128])
+def test_rope(kit: Any, rng: np.random.Generator, isa: str, head_dim: int) -> None:
+    inv_freq = tuple(float(np.float32(100.0 ** (-2 * i / head_dim))) for i in range(head_dim // 2))
+    graph = kit.graph(lambda ops: ops.rope(ops.input("x", 3 * head_dim), head_dim, inv_freq))
+    parts = [kit.Part(range(32), 490, 20), kit.Part(range(32), 0, 1)]
+    batch = kit.batch(parts, inputs={"x": random_input(rng, 21, 3 * head_dim)})
+    assert_close("rope", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
+
+
+def attention_graph(kit: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
+    return kit.graph(
+        lambda ops: ops.paged_attention(
+            ops.input("q", heads * head_dim),
+            ops.input("k", kv_heads * head_dim),
+            ops.input("v", kv_heads * head_dim),
+            0,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+        )
+    )
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(1, 1, 16), (9, 3, 64), (4, 4, 96), (14, 2, 64), (8, 1, 128), (2, 1, 256), (32, 2, 48)],
+)
+def test_attention(
+    kit: Any,
+    rng: np.random.Generator,
+    isa: str,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Four sequences: a context grown in chunks, a one-token prompt, a block's edge, a decode."""
+    graph = attention_graph(kit, heads, kv_heads, head_dim)
+    blocks = rng.permutation(4 * (256 // block_size))
+    owned = [blocks[i::4] for i in range(4)]
+    lengths = [0, 0, 0, 0]
+    batches = []
+    for counts in ([60, 1, 0, 0], [61, 0, block_size, 3], [40, 1, 1, 0], [13, 1, 5, 1]):
+        parts = [kit.Part(owned[i], lengths[i], n) for i, n in enumerate(counts) if n]
+        lengths = [have + n for have, n in zip(lengths, counts, strict=True)]
+        inputs = {
+            "q": random_input(rng, sum(counts), heads * head_dim) * 3,
+            "k": random_input(rng, sum(counts), kv_heads * head_dim),
+            "v": random_input(rng, sum(counts), kv_heads * head_dim),
+        }
+        batches.append(kit.batch(parts, block_size, inputs=inputs))
+    options = kit.options(isa=isa, block_size=block_size, max_num_tokens=256)
+    assert_close("attention", *kit.both(graph, {}, options, batches, len(blocks)))
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 64])
+def test_attention_never_reads_what_a_block_held_before(
+    kit: Any, rng: np.random.Generator, isa: str, block_size: int
+) -> None:
+    """NaN and infinity left in every slot by another sequence change no bit."""
+    graph = attention_graph(kit, 6, 2, 64)
+    options = kit.options(isa=isa, block_size=block_size, max_num_tokens=256)
+    num_blocks = 192 // block_size
+    inputs = {
+        "q": random_input(rng, 77, 384),
+        "k": random_input(rng, 77, 128),
+        "v": random_input(rng, 77, 128),
+    }
+    batch = kit.batch([kit.Part(range(num_blocks), 0, 77)], block_size, inputs=inputs)
+    results = []
+    for poison in (None, np.nan, np.inf, -np.inf):
+        program = kit.compile(graph, {}, options)
+        program.allocate_cache(num_blocks)
+        if poison is not None:
+            filled = {
+                name: np.full((192, x.shape[1]), poison, np.float32) for name, x in inputs.items()
+            }
+            part = kit.Part(range(num_blocks), 0, 192)
+            program.run(kit.batch([part], block_size, inputs=filled), None)
+        results.append(program.run(batch, None, ("out",)).values["out"])
+    assert np.isfinite(results[0]).all()
+    for result in results[1:]:
+        assert result.tobytes() == results[0].tobytes()
+
+
+@pytest.mark.parametrize("features", [1, 16, 100])
+def test_silu_mul(kit: Any, rng: np.random.Generator, isa: str, features: int) -> None:
+    graph = kit.graph(lambda ops: ops.silu_mul(ops.input("a", features), ops.input("b", features)))
+    gate = random_input(rng, 9, features) * 10
+    gate[0, 0], gate[1, 0] = 200, -200  # exp overflows: x, and -0
+    batch = step(kit, a=gate, b=random_input(rng, 9, features))
+    with np.errstate(over="ignore"):
+        assert_close("silu_mul", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
+
+
+@pytest.mark.parametrize("features", [1, 16, 100])
+def test_add(kit: Any, rng: np.random.Generator, isa: str, features: int) -> None:
+    graph = kit.graph(lambda ops: ops.add(ops.input("a", features), ops.input("b", features)))
+    batch = step(kit, a=random_input(rng, 33, features), b=random_input(rng, 33, features))
+    assert_close("add", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
+
+
+@pytest.mark.parametrize("rows", [[], [0], [8, 0, 0, 3]])
+def test_select_rows(kit: Any, rng: np.random.Generator, isa: str, rows: list[int]) -> None:
+    graph = kit.graph(lambda ops: ops.select_rows(ops.input("x", 20)))
+    inputs = {"x": random_input(rng, 9, 20)}
+    batch = kit.batch([kit.Part([0], 0, 9)], logits_rows=rows, inputs=inputs)
+    assert_close("select_rows", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
