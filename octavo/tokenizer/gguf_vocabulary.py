@@ -6,7 +6,7 @@ becomes a control token. Reads metadata only, never tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
 from octavo.errors import ModelFileError
+from octavo.tokenizer.merges import sentencepiece_merges
 from octavo.tokenizer.pieces import Pieces
 from octavo.tokenizer.pretokenizers import find_pre_tokenizer
 from octavo.tokenizer.tokenizer import Vocabulary
@@ -54,7 +55,6 @@ class GGUFTokens:
 
     texts: list[str]
     kinds: list[int]
-    names: list[str]
 
     def of_kind(self, *kinds: int) -> list[int]:
         """Ids of these kinds."""
@@ -87,43 +87,31 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
 
 def gguf_eos_token_ids(metadata: Mapping[str, object]) -> frozenset[int]:
     """Ids that end an answer: those the file declares, and tokens whose name says so."""
-    default = 2 if _string(metadata, "model", "") == "llama" else None
-    declared = [_optional_id(metadata, "eos_token_id", default)]
-    declared += [_optional_id(metadata, f"{name}_token_id", None) for name in ("eot", "eom")]
     tokens = _read_tokens(metadata)
     named = [
         index
         for index, text in enumerate(tokens.texts)
-        if text in _ENDING_NAMES and tokens.kinds[index] in (_CONTROL, _USER_DEFINED)
+        if text in _ENDING_NAMES and tokens.kinds[index] == _CONTROL
     ]
-    found = [token_id for token_id in declared if token_id is not None]
-    return frozenset(index for index in (*found, *named) if 0 <= index < len(tokens.texts))
+    ids = _declared_ids(metadata, len(tokens.texts))
+    return frozenset([*named, *(ids[name] for name in ("eos", "eot", "eom") if name in ids)])
 
 
 def gguf_variables(metadata: Mapping[str, object]) -> dict[str, str]:
     """The texts that a chat template knows by name: bos_token, eos_token and so on."""
     texts = _list_of(metadata, "tokens", str)
-    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: _optional_id(metadata, f"{key}_token_id", None) for name, key in keys.items()}
-    if _string(metadata, "model", "") == "llama":
-        for name, default in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
-            ids[name] = default if ids[name] is None else ids[name]
-    return {
-        name: texts[token_id]
-        for name, token_id in ids.items()
-        if token_id is not None and token_id < len(texts)
-    }
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    ids = _declared_ids(metadata, len(texts))
+    return {name: texts[ids[key]] for key, name in names.items() if key in ids}
 
 
 def _byte_level(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabulary:
     """Byte-level BPE with the merges of the file."""
     rules = find_pre_tokenizer(_string(metadata, "pre", "default"))
-    merges = []
-    for merge in _list_of(metadata, "merges", str):
-        left, _, right = merge.partition(" ")
-        merges.append((left, right))
+    cut = (merge.partition(" ") for merge in _list_of(metadata, "merges", str))
+    merges = [(left, right) for left, _, right in cut]
     model = models.BPE(
-        {name: index for index, name in enumerate(tokens.names)},
+        {name: index for index, name in enumerate(_unique_names(tokens))},
         merges,
         ignore_merges=rules.takes_whole_words,
     )
@@ -135,12 +123,22 @@ def _byte_level(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabular
 
 def _sentencepiece(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabulary:
     """SentencePiece BPE: neighbours whose joined text is a token join, the best score first."""
-    merges = sentencepiece_merges(tokens, _list_of(metadata, "scores", float))
-    unknown = _optional_id(metadata, "unknown_token_id", 0) or 0
+    scores = _list_of(metadata, "scores", float)
+    if len(scores) < len(tokens.texts):
+        raise ModelFileError("the GGUF file's tokenizer.ggml.scores is shorter than its token list")
+    kinds = tokens.kinds
+    joinable = {
+        text: index
+        for index, text in enumerate(tokens.texts)
+        if kinds[index] not in (_UNKNOWN, _CONTROL, _BYTE)
+    }
+    merges = sentencepiece_merges(joinable, scores)
+    names = _unique_names(tokens)
+    name = names.__getitem__
     model = models.BPE(
-        {name: index for index, name in enumerate(tokens.names)},
-        [(tokens.names[left], tokens.names[right]) for left, right in merges],
-        unk_token=tokens.names[unknown],
+        {text: index for index, text in enumerate(names)},
+        list(zip(map(name, merges[::2]), map(name, merges[1::2]), strict=True)),
+        unk_token=names[_declared_ids(metadata, len(names)).get("unknown", 0)],
         fuse_unk=True,
         byte_fallback=True,
     )
@@ -153,26 +151,6 @@ def _sentencepiece(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabu
     literal = _literal_pieces(tokens)
     pieces = Pieces("sentencepiece", plain, literal, strips_leading_space=has_prefix)
     return _finish(metadata, tokens, pieces, plain, True)
-
-
-def sentencepiece_merges(tokens: GGUFTokens, scores: list[float]) -> list[tuple[int, int]]:
-    """All pairs of ids whose joined text is a token, best score of the joined token first."""
-    texts = tokens.texts
-    if len(scores) < len(texts):
-        raise ModelFileError("the GGUF file's tokenizer.ggml.scores is shorter than its token list")
-    excluded = (_UNKNOWN, _CONTROL, _BYTE)
-    ids = {text: index for index, text in enumerate(texts) if tokens.kinds[index] not in excluded}
-    find = ids.get
-    merges = []
-    for whole in sorted(ids.values(), key=lambda index: (-scores[index], index)):
-        text = texts[whole]
-        for cut in range(1, len(text)):
-            left = find(text[:cut])
-            if left is not None:
-                right = find(text[cut:])
-                if right is not None:
-                    merges.append((left, right))
-    return merges
 
 
 def _inner(model: models.Model, tokens: GGUFTokens) -> tokenizers.Tokenizer:
@@ -196,10 +174,8 @@ def _finish(
     adds_bos: bool,
 ) -> Vocabulary:
     """Put the parts together with the file's special tokens."""
-    bos = _optional_id(metadata, "bos_token_id", None)
-    eos = _optional_id(metadata, "eos_token_id", None)
-    if _string(metadata, "model", "") == "llama":
-        bos, eos = 1 if bos is None else bos, 2 if eos is None else eos
+    ids = _declared_ids(metadata, len(tokens.texts))
+    bos, eos = ids.get("bos"), ids.get("eos")
     adds_bos = bool(metadata.get(_KEY + "add_bos_token", adds_bos))
     adds_eos = bool(metadata.get(_KEY + "add_eos_token", False))
     return Vocabulary(
@@ -220,7 +196,7 @@ def _literal_pieces(tokens: GGUFTokens) -> dict[int, bytes]:
     for index in tokens.of_kind(_UNKNOWN, _CONTROL, _USER_DEFINED):
         literal[index] = tokens.texts[index].encode()
     for index in tokens.of_kind(_UNUSED):
-        literal[index] = b""
+        literal[index] = b""  # as llama.cpp writes them
     for index in tokens.of_kind(_BYTE):
         try:
             literal[index] = bytes([int(tokens.texts[index][3:5], 16)])
@@ -238,17 +214,21 @@ def _read_tokens(metadata: Mapping[str, object]) -> GGUFTokens:
     kinds = _list_of(metadata, "token_type", int) or [1] * len(texts)
     if len(kinds) < len(texts):
         raise ModelFileError("the GGUF file's tokenizer.ggml.token_type is shorter than its tokens")
-    return GGUFTokens(texts, kinds, _unique_names(texts, kinds))
+    return GGUFTokens(texts, kinds)
 
 
-def _unique_names(texts: Iterable[str], kinds: list[int]) -> list[str]:
-    """A name for each token: its text; one that no text contains for control tokens and doubles."""
-    names: list[str] = []
-    seen: set[str] = set()
-    for index, text in enumerate(texts):
-        is_hidden = kinds[index] in (_UNKNOWN, _CONTROL) or text in seen or not text
-        names.append(f"\0{index}\0{text}" if is_hidden else text)
-        seen.add(text)
+def _unique_names(tokens: GGUFTokens) -> list[str]:
+    """What the inner tokenizer calls each token: its text if that is to be found in texts.
+
+    Control tokens, doubles and empty ones get a name that no text contains.
+    """
+    names = list(tokens.texts)
+    hidden = tokens.of_kind(_UNKNOWN, _CONTROL)
+    if len(set(names)) < len(names) or "" in names:
+        last = {text: index for index, text in enumerate(names)}
+        hidden += [index for index, text in enumerate(names) if last[text] != index or not text]
+    for index in hidden:
+        names[index] = f"\0{index}\0{tokens.texts[index]}"
     return names
 
 
@@ -268,9 +248,14 @@ def _string(metadata: Mapping[str, object], key: str, default: str) -> str:
     return value
 
 
-def _optional_id(metadata: Mapping[str, object], key: str, default: int | None) -> int | None:
-    """A token id from the metadata."""
-    value = metadata.get(_KEY + key, default)
-    if value is not None and (not isinstance(value, int) or value < 0):
-        raise ModelFileError(f"the GGUF file's {_KEY}{key} is not a token id")
-    return value
+def _declared_ids(metadata: Mapping[str, object], size: int) -> dict[str, int]:
+    """The special tokens that the file names, by role; one out of range counts as not named."""
+    is_sentencepiece = _string(metadata, "model", "") == "llama"
+    ids = {"unknown": 0, "bos": 1, "eos": 2} if is_sentencepiece else {}
+    for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        value = metadata.get(f"{_KEY}{role}_token_id")
+        if value is not None and not isinstance(value, int):
+            raise ModelFileError(f"the GGUF file's {_KEY}{role}_token_id is not a token id")
+        if value is not None and 0 <= value < size:
+            ids[role] = value
+    return {role: token_id for role, token_id in ids.items() if token_id < size}
