@@ -65,14 +65,14 @@ class Graph:
         """One line a node: %output = Operator(fields) %inputs."""
         names = {value: f"  -> {name}" for name, value in self.outputs.items()}
         lines = [
-            f"%{n.output} [{n.features}] = {n.operator} {_refs(n.inputs)}{names.get(n.output, '')}"
+            f"%{n.output} [{n.features}] = {n.operator}{_refs(n.inputs)}{names.get(n.output, '')}"
             for n in self.nodes
         ]
         return "\n".join(lines)
 
 
 def _refs(ids: tuple[int, ...]) -> str:
-    return " ".join(f"%{i}" for i in ids)
+    return "".join(f" %{i}" for i in ids)
 
 
 @dataclass(frozen=True, slots=True)

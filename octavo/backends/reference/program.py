@@ -142,6 +142,7 @@ class ReferenceProgram:
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
         """Compute one step."""
+        self._alive()
         self._check(batch, rows)
         wants = tuple(wants)
         # Infinities and NaNs flow on as in any backend; sampling reports them.
