@@ -54,8 +54,8 @@ def test_prints_a_line_a_node() -> None:
     assert lines[0].startswith("%0 [8] = Embed(weight='embed.weight'")
     assert lines[-1].endswith("-> logits")
     assert any(line.endswith("-> hidden") for line in lines)
-    assert lines[8] == "%8 [8] = SiluMul() %7 %1"
-    assert lines[9] == "%9 [8] = Add() %0 %8"
+    assert lines[7] == "%7 [8] = SiluMul() %6 %1"
+    assert lines[8] == "%8 [8] = Add() %0 %7"
 
 
 def test_cache_group_tells_what_a_token_costs() -> None:
