@@ -1,7 +1,8 @@
 // Sampling one row of logits (graph/batch.py, SamplingRows): bias, penalties, temperature, top_k, top_p, min_p, Gumbel noise.
 //
-// The vocabulary is never sorted. top_k keeps a heap of the k best; top_p sorts only what could belong to the nucleus (a token
-// under (1 - top_p) / vocab of the mass cannot) and only until the mass is reached. The noise of a token costs one hash of
+// The vocabulary is never sorted. A small top_k keeps a heap of the k best; a large one and top_p fill a histogram over the
+// logits and sort only the bin in which the count or the mass is reached; tokens under (1 - top_p) / vocab of the mass cannot
+// belong to the nucleus and are not looked at. The noise of a token costs one hash of
 // integers; its two logarithms are taken only where the token could win: -log(-log u) <= -log(1 - u), so token i beats the
 // best so far only if 1 - u < exp(z_i - best). Maxima and sums go over blocks of 64 logits in one fixed order.
 #include "kernel_functions.h"
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;
 constexpr float kInfinity = __builtin_inff();
+constexpr int32_t kSmallHeap = 256;
 
 struct Scan {
   float top;      // the greatest value
@@ -122,21 +124,94 @@ void keep_best(const float* z, int64_t size, int64_t k, int32_t* ids) {
   }
 }
 
-// The best of `size` ids until their probability reaches top_p of total; they end up at the returned pointer, `*kept` of them.
-int32_t* keep_nucleus(const float* z, const float* p, int32_t* ids, int64_t size, double wanted, int64_t* kept) {
+// The best of `size` ids until their weight (p, or 1 each if that is null) reaches `wanted`; they end up at the returned
+// pointer, `*kept` of them.
+int32_t* keep_heaviest(const float* z, const float* p, int32_t* ids, int64_t size, double wanted, int64_t* kept) {
   make_heap<true>(z, ids, size);
   double sum = 0.0;
   int64_t left = size;
-  while (left > 0) {
+  while (left > 0 && sum < wanted) {
     const int32_t best = ids[0];
-    sum += static_cast<double>(p[best]);
+    sum += p != nullptr ? static_cast<double>(p[best]) : 1.0;
     ids[0] = ids[--left];
     if (left > 0) sift_down<true>(z, ids, left, 0);
     ids[left] = best;
-    if (sum >= wanted) break;
   }
   *kept = size - left;
   return ids + left;
+}
+
+// ---- selection by histogram ----------------------------------------------------------------------------------------------
+
+constexpr int32_t kBins = 512;
+constexpr float kWidest = 24.0f;  // what lies further below the top shares the last bin
+
+struct Bins {
+  float top, scale;
+};
+
+Bins make_bins(const float* z, int64_t size, float top) {
+  f32x16 low = set1(top);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) low = min(load(z + i), low);
+  float lowest = -hmax(set1(0.0f) - low);
+  for (; i < size; ++i) lowest = z[i] < lowest ? z[i] : lowest;
+  const float range = top - lowest < kWidest ? top - lowest : kWidest;
+  return {top, range > 0.0f ? static_cast<float>(kBins - 1) / range : 0.0f};
+}
+
+// The bins of a block, ascending as z descends.
+OCTAVO_INLINE void bins_of(const Bins& bins, const float* z, int64_t count, int32_t* out) {
+  constexpr float kLast = static_cast<float>(kBins - 1);
+  for (int64_t i = 0; i < count; ++i) {
+    const float bin = (bins.top - z[i]) * bins.scale;
+    out[i] = static_cast<int32_t>(bin < kLast ? bin : kLast);
+  }
+}
+
+// Like keep_heaviest over all tokens whose p is at least `least`: only the bin in which the weight is reached gets sorted. The
+// ids lie at `ids`, in no order; `spare` has room for all.
+int64_t keep_top(const float* z, const float* p, int64_t size, float top, float least, double wanted, int32_t* ids,
+                 int32_t* spare) {
+  const Bins bins = make_bins(z, size, top);
+  double weights[kBins];
+  for (int32_t i = 0; i < kBins; ++i) weights[i] = 0.0;
+  int32_t block[kBlock];
+  for (int64_t i = 0; i < size; i += kBlock) {
+    const int64_t count = block_length(i, size);
+    if (p != nullptr && block_max(p + i, count) < least) continue;
+    bins_of(bins, z + i, count, block);
+    for (int64_t j = 0; j < count; ++j) {
+      if (p == nullptr) {
+        weights[block[j]] += 1.0;
+      } else if (p[i + j] >= least) {
+        weights[block[j]] += static_cast<double>(p[i + j]);
+      }
+    }
+  }
+  double before = 0.0;
+  int32_t crossing = 0;
+  for (; crossing < kBins - 1 && before + weights[crossing] < wanted; ++crossing) before += weights[crossing];
+
+  int64_t kept = 0, members = 0;
+  for (int64_t i = 0; i < size; i += kBlock) {
+    const int64_t count = block_length(i, size);
+    if (p != nullptr && block_max(p + i, count) < least) continue;
+    bins_of(bins, z + i, count, block);
+    for (int64_t j = 0; j < count; ++j) {
+      if (block[j] > crossing || (p != nullptr && p[i + j] < least)) continue;
+      const auto id = static_cast<int32_t>(i + j);
+      if (block[j] < crossing) {
+        ids[kept++] = id;
+      } else {
+        spare[members++] = id;
+      }
+    }
+  }
+  int64_t taken = 0;
+  const int32_t* best = keep_heaviest(z, p, spare, members, wanted - before, &taken);
+  for (int64_t i = 0; i < taken; ++i) ids[kept++] = best[i];
+  return kept;
 }
 
 // ---- the noise ---------------------------------------------------------------------------------------------------------
@@ -230,28 +305,26 @@ int32_t draw(const SampleArgs& a, const float* logits, float top, int32_t first)
   enter(&race, first, z[first]);
 
   int64_t listed = -1;  // -1: every token is a candidate
-  double total;
+  double total = 0.0;
+  auto* spare = ids + a.vocab;
   if (a.top_k > 0 && a.top_k < a.vocab) {
-    listed = a.top_k;
-    keep_best(z, a.vocab, listed, ids);
-    total = 0.0;
-    float* list = p;  // the listed values side by side, then their exponentials at the place of their ids
-    for (int64_t i = 0; i < listed; ++i) list[i] = z[ids[i]];
-    float* packed = reinterpret_cast<float*>(ids + a.vocab);
-    total = exponentials(list, listed, highest, packed);
+    if (a.top_k <= kSmallHeap) {
+      listed = a.top_k;
+      keep_best(z, a.vocab, listed, ids);
+    } else {
+      listed = keep_top(z, nullptr, a.vocab, highest, 0.0f, static_cast<double>(a.top_k), ids, spare);
+    }
+    auto* packed = reinterpret_cast<float*>(spare);  // the listed values side by side, then their exponentials at their ids
+    for (int64_t i = 0; i < listed; ++i) packed[i] = z[ids[i]];
+    total = exponentials(packed, listed, highest, packed);
     for (int64_t i = 0; i < listed; ++i) p[ids[i]] = packed[i];
+    if (a.top_p < 1.0f) ids = keep_heaviest(z, p, ids, listed, static_cast<double>(a.top_p) * total, &listed);
   } else {
     total = exponentials(z, a.vocab, highest, p);
-  }
-  if (a.top_p < 1.0f) {
-    if (listed < 0) {
-      listed = 0;
+    if (a.top_p < 1.0f) {
       const auto least = static_cast<float>(0.99 * (1.0 - static_cast<double>(a.top_p)) * total / static_cast<double>(a.vocab));
-      for (int64_t i = 0; i < a.vocab; ++i) {
-        if (p[i] >= least) ids[listed++] = static_cast<int32_t>(i);
-      }
+      listed = keep_top(z, p, a.vocab, highest, least, static_cast<double>(a.top_p) * total, ids, spare);
     }
-    ids = keep_nucleus(z, p, ids, listed, static_cast<double>(a.top_p) * total, &listed);
   }
   if (listed >= 0) {
     race_listed(&race, z, p, ids, listed, a.min_p);

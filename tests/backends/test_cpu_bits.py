@@ -1,4 +1,4 @@
-"""The same request gives the same bits: among any neighbours, cut anyhow, on any threads and ISA."""
+"""The same request gives the same bits: any neighbours, any cuts, any threads, any ISA."""
 
 from __future__ import annotations
 
