@@ -1,4 +1,4 @@
-"""The documents tell the truth: their links lead somewhere, and nothing of one machine is in them."""
+"""The documents are sound: their links lead somewhere, decisions have numbers of their own."""
 
 from __future__ import annotations
 

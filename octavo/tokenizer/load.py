@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from octavo.errors import ModelFileError
 from octavo.tokenizer.chat_template import ChatTemplate
 from octavo.tokenizer.folder_vocabulary import (
     folder_eos_token_ids,
@@ -27,7 +28,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load the tokenizer and chat template of a model.
 
     Args:
-        path: a GGUF file, or a folder with tokenizer.json.
+        path: a GGUF file (a FILE.jinja beside FILE.gguf replaces its chat template), or a folder
+            with tokenizer.json.
 
     Raises:
         ModelFileError: a file is missing or broken, or describes a tokenizer of an unsupported
@@ -42,10 +44,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         with GGUFFile.open(path) as file:
             vocabulary = gguf_vocabulary(file.metadata)
             found = file.metadata.get("tokenizer.chat_template")
-            source = found if isinstance(found, str) else None
+            source = _beside(path) or (found if isinstance(found, str) else None)
             variables = gguf_variables(file.metadata)
     template = ChatTemplate(source, vocabulary.specials, variables) if source else None
     return Tokenizer(vocabulary, template)
+
+
+def _beside(path: Path) -> str | None:
+    """The text of FILE.jinja beside FILE.gguf, which replaces the file's own chat template."""
+    try:
+        return path.with_suffix(".jinja").read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path.with_suffix('.jinja')} cannot be read: {error}") from None
 
 
 def eos_token_ids(path: str | os.PathLike[str]) -> frozenset[int]:

