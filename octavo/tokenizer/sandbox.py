@@ -32,6 +32,9 @@ MAX_RANGE = 100_000
 MAX_SECONDS = 1.0
 MAX_WIDTH = 1000
 
+# What a value that is no string counts for: no number and no pair of brackets is longer.
+_ENTRY_CHARS = 64
+
 # No template can name this variable: it is no identifier.
 _BUDGET = "budget of this rendering"
 _COUNTED, _JOINED, _MEASURED = "counted rounds", "joined texts", "measured value"
@@ -86,12 +89,15 @@ class Budget:
         if isinstance(value, str):
             self.build(len(value))
             return len(value)
-        self.build(8)
+        self.build(_ENTRY_CHARS)
         if isinstance(value, Mapping):
-            return 8 + sum(self.measure(key) + self.measure(value[key]) for key in value)
+            self.step()
+            entries = sum(self.measure(key) + self.measure(value[key]) for key in value)
+            return _ENTRY_CHARS + entries
         if isinstance(value, list | tuple | set):
-            return 8 + sum(map(self.measure, value))
-        return 8
+            self.step()
+            return _ENTRY_CHARS + sum(map(self.measure, value))
+        return _ENTRY_CHARS
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -148,9 +154,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Count a call, and measure methods of strings that can build a great one."""
         budget = _budget_of(__context)
         budget.step()
-        owner = getattr(__obj, "__self__", None)
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
-            _check_method(budget, owner, getattr(__obj, "__name__", ""), [*args, *kwargs.values()])
+            _check_method(budget, owner, method.__name__, [*args, *kwargs.values()])
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

@@ -40,7 +40,7 @@ class SpecialMatcher:
             start = position = hit.start()
             for length in self._lengths[hit.group()]:
                 token_id = self._ids.get(text[start : start + length])
-                if token_id is not None:
+                if token_id is not None and start + length <= len(text):
                     position = start + length
                     yield start, position, token_id
                     break

@@ -6,8 +6,7 @@ Run by hand when texts are added: needs llama-cpp-python and gguf, which the tes
     python tests/tokenizer/make_golden.py smollm2 path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 
 `tiny` trains small vocabularies on the texts and lets llama.cpp use them with each pre-tokenizer
-and
-SentencePiece rule; they are kept in the golden file, so the tests need no model for those kinds.
+and SentencePiece rule; they are kept in the golden file, so the tests need no model for them.
 """
 
 from __future__ import annotations
