@@ -53,7 +53,7 @@ class SpecialMatcher:
         for start in range(max(0, end - self._longest + 1), end):
             if text[start] in self._heads:
                 tail = text[start:]
-                if any(special.startswith(tail) for special in self._ids):
+                if any(special.startswith(tail) and special != tail for special in self._ids):
                     return start
         return None
 
