@@ -1,0 +1,177 @@
+"""KVCacheManager, told as small stories; `test_manager_histories` has the random ones."""
+
+from __future__ import annotations
+
+from array import array
+
+from octavo.kv_cache.manager import BlockTable, KVCacheManager
+
+
+def tokens(*token_ids: int) -> array[int]:
+    return array("i", token_ids)
+
+
+def fill(manager: KVCacheManager, token_ids: array[int]) -> BlockTable:
+    """A table whose tokens have all been computed."""
+    table = manager.new_table()
+    prefix = manager.match_prefix(table, token_ids)
+    assert manager.allocate(table, len(token_ids), prefix) is not None
+    manager.commit(table, token_ids, len(token_ids))
+    return table
+
+
+def test_blocks_are_given_as_the_tokens_need_them() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    table = manager.new_table()
+    assert manager.allocate(table, 5) == (0, 1)
+    assert manager.allocate(table, 8) == ()
+    assert manager.allocate(table, 9) == (2,)
+    assert table.block_ids == [0, 1, 2]
+    assert (manager.num_referenced_blocks, manager.num_free_blocks) == (3, 1)
+
+
+def test_without_room_nothing_changes() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    shared = fill(manager, tokens(*range(8)))
+    manager.free(shared)
+    newcomer = manager.new_table()
+    prefix = manager.match_prefix(newcomer, tokens(*range(8), 9))
+    assert prefix.num_tokens == 8
+    # Two blocks would be revived and three more are needed: five of four.
+    assert manager.allocate(newcomer, 17, prefix) is None
+    assert newcomer.block_ids == []
+    assert manager.num_cached_idle_blocks == 2
+    assert (manager.num_queried_tokens, manager.num_hit_tokens) == (8, 0)
+    manager.check_invariants([])
+    assert manager.allocate(newcomer, 16, prefix) is not None
+
+
+def test_reserved_blocks_stay_free() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    table = manager.new_table()
+    assert manager.allocate(table, 9, num_reserved_blocks=2) is None
+    assert manager.allocate(table, 8, num_reserved_blocks=2) == (0, 1)
+
+
+def test_a_second_sequence_shares_the_full_blocks_of_the_first() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    first = fill(manager, tokens(*range(10)))
+    second = fill(manager, tokens(*range(8), 50, 51))
+    assert second.block_ids[:2] == first.block_ids[:2]
+    assert second.block_ids[2] != first.block_ids[2]
+    assert manager.num_referenced_blocks == 4
+    assert (manager.num_queried_tokens, manager.num_hit_tokens) == (20, 8)
+    manager.check_invariants([first, second])
+
+
+def test_at_least_one_token_is_left_to_compute() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    fill(manager, tokens(*range(8)))
+    assert manager.match_prefix(manager.new_table(), tokens(*range(8))).num_tokens == 4
+    assert manager.match_prefix(manager.new_table(), tokens(*range(9))).num_tokens == 8
+
+
+def test_only_blocks_whose_tokens_are_computed_are_served() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    token_ids = tokens(*range(12))
+    table = manager.new_table()
+    manager.allocate(table, 12)
+    for num_computed, num_served in ((0, 0), (3, 0), (4, 4), (11, 8)):
+        manager.commit(table, token_ids, num_computed)
+        found = manager.match_prefix(manager.new_table(), tokens(*range(12), 99))
+        assert found.num_tokens == num_served
+
+
+def test_freed_blocks_are_still_served_until_they_are_reused() -> None:
+    manager = KVCacheManager(num_blocks=3, block_size=4)
+    manager.free(fill(manager, tokens(*range(8))))
+    assert manager.num_free_blocks == 3
+    assert manager.num_cached_idle_blocks == 2
+    other = fill(manager, tokens(70, 71, 72))  # Takes the block without content.
+    assert manager.match_prefix(manager.new_table(), tokens(*range(9))).num_tokens == 8
+    manager.allocate(other, 5)  # Takes the tail of the freed prefix, not its head.
+    assert manager.match_prefix(manager.new_table(), tokens(*range(9))).num_tokens == 4
+    manager.allocate(other, 9)
+    assert manager.match_prefix(manager.new_table(), tokens(*range(9))).num_tokens == 0
+    manager.check_invariants([other])
+
+
+def test_the_least_recently_used_prefix_is_lost_first() -> None:
+    manager = KVCacheManager(num_blocks=3, block_size=4)
+    for start in (0, 10, 20):
+        manager.free(fill(manager, tokens(*range(start, start + 4))))
+    manager.free(fill(manager, tokens(0, 1, 2, 3, 4)))  # Uses the oldest, evicts the second.
+    served = [
+        manager.match_prefix(manager.new_table(), tokens(*range(start, start + 5))).num_tokens
+        for start in (0, 10, 20)
+    ]
+    assert served == [4, 0, 4]
+
+
+def test_a_freed_table_can_be_filled_and_committed_anew() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    token_ids = tokens(*range(8))
+    table = fill(manager, token_ids)
+    manager.free(table)
+    manager.reset_prefix_cache()
+    assert manager.allocate(table, 8) is not None
+    manager.commit(table, token_ids, 8)
+    assert manager.match_prefix(table, tokens(*range(9))).num_tokens == 8
+    assert table.num_committed_blocks == 2
+
+
+def test_of_equal_blocks_computed_side_by_side_the_first_is_kept() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    token_ids = tokens(*range(4))
+    first, second = manager.new_table(), manager.new_table()
+    manager.allocate(first, 4)
+    manager.allocate(second, 4)
+    manager.commit(first, token_ids, 4)
+    manager.commit(second, token_ids, 4)
+    found = manager.match_prefix(manager.new_table(), tokens(*range(5)))
+    assert found.block_ids == tuple(first.block_ids)
+    manager.free(second)
+    assert manager.num_cached_idle_blocks == 0
+    manager.check_invariants([first])
+
+
+def test_forgotten_blocks_are_served_no_more() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    table = fill(manager, tokens(*range(8)))
+    manager.forget(table)
+    assert manager.match_prefix(manager.new_table(), tokens(*range(8))).num_tokens == 0
+    manager.free(table)
+    assert manager.num_cached_idle_blocks == 0
+    manager.check_invariants([])
+
+
+def test_a_reset_forgets_what_is_idle_in_use_or_committed_later() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    manager.free(fill(manager, tokens(*range(50, 58))))
+    token_ids = tokens(*range(12))
+    running = manager.new_table()
+    manager.allocate(running, 12)
+    manager.commit(running, token_ids, 8)
+    manager.reset_prefix_cache()
+    manager.check_invariants([running])
+    manager.commit(running, token_ids, 12)
+    assert manager.match_prefix(manager.new_table(), tokens(*range(13))).num_tokens == 0
+    assert manager.match_prefix(manager.new_table(), tokens(*range(50, 58))).num_tokens == 0
+
+
+def test_salts_keep_equal_prefixes_apart() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    table = manager.new_table("tenant a")
+    manager.allocate(table, 8)
+    manager.commit(table, tokens(*range(8)), 8)
+    asked = tokens(*range(9))
+    assert manager.match_prefix(manager.new_table("tenant b"), asked).num_tokens == 0
+    assert manager.match_prefix(manager.new_table(), asked).num_tokens == 0
+    assert manager.match_prefix(manager.new_table("tenant a"), asked).num_tokens == 8
+
+
+def test_the_prefix_cache_can_be_left_out() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4, use_prefix_cache=False)
+    manager.free(fill(manager, tokens(*range(8))))
+    assert manager.match_prefix(manager.new_table(), tokens(*range(8))).num_tokens == 0
+    assert manager.num_cached_idle_blocks == manager.num_queried_tokens == 0

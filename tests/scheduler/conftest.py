@@ -1,0 +1,263 @@
+"""A scheduler without a model: its executor only remembers what lies in every KV slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from octavo.config import EngineConfig
+from octavo.scheduler.scheduler import Scheduler
+from octavo.types import (
+    Capacity,
+    EngineRequest,
+    ModelOutput,
+    NewSequence,
+    SampledTokens,
+    SamplingParams,
+    SchedulerOutput,
+    TokenUpdate,
+)
+
+VOCAB_SIZE = 24
+EOS = 0
+MASK = 2**61 - 1
+
+
+def prefix_names(token_ids: list[int], names: list[int] | None = None) -> list[int]:
+    """One number for each token that depends on it and on every token before it."""
+    names = [] if names is None else names
+    for token_id in token_ids[len(names) :]:
+        names.append(((names[-1] if names else 17) * 1_000_003 + token_id + 1) * 31 & MASK)
+    return names
+
+
+def fake_sample(name: int, num_output: int, index: int, params: SamplingParams) -> int:
+    """The fake model: the next token is a pure function of the prefix, the seed and the index.
+
+    A seed that is a multiple of 7 breaks the logits at its third token. As the real runner does, it
+    never samples a token that ends the text before `min_tokens`.
+    """
+    seed = params.seed or 0
+    if seed and seed % 7 == 0 and num_output == 2:
+        return -1
+    mixed = (name ^ (seed * 0x9E3779B1) ^ (index * 0x85EBCA6B)) * 0xC2B2AE35 & MASK
+    token_id = (mixed >> 20) % VOCAB_SIZE
+    banned = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+    while num_output < params.min_tokens and token_id in banned:
+        token_id = (token_id + 1) % VOCAB_SIZE
+    return token_id
+
+
+def run_alone(request: EngineRequest, index: int, max_model_len: int) -> tuple[list[int], str]:
+    """What one sequence must give, from a plain loop without scheduler, cache or batch."""
+    params = request.params
+    tokens = list(request.prompt_ids)
+    output: list[int] = []
+    while True:
+        token_id = fake_sample(prefix_names(tokens)[-1], len(output), index, params)
+        if token_id < 0:
+            return output, "error"
+        is_banned = len(output) < params.min_tokens
+        tokens.append(token_id)
+        output.append(token_id)
+        is_eos = token_id == EOS and not params.ignore_eos
+        if not is_banned and (is_eos or token_id in params.stop_token_ids):
+            return output, "stop"
+        if len(output) == params.max_tokens or len(tokens) == max_model_len:
+            return output, "length"
+
+
+@dataclass
+class Row:
+    """What the runner knows of a row."""
+
+    new: NewSequence
+    token_ids: list[int]
+    block_ids: list[int] = field(default_factory=list)
+    names: list[int] = field(default_factory=list)
+    num_computed: int = 0
+
+
+class SimulatedExecutor:
+    """Keeps what was last written into each slot, and checks every read against it."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.memory: dict[int, tuple[int, int]] = {}
+        self.rows: dict[int, Row] = {}
+
+    def run(self, plan: SchedulerOutput) -> ModelOutput:
+        for row in plan.finished_rows:
+            del self.rows[row]
+        for new in plan.new_sequences:
+            assert new.row not in self.rows, "a row is reused before it was told to be finished"
+            self.rows[new.row] = Row(new, list(new.token_ids))
+        for entry in plan.scheduled:
+            row = self.rows[entry.row]
+            row.block_ids += entry.new_block_ids
+            assert all(0 <= block_id < self.num_blocks for block_id in entry.new_block_ids)
+            end = entry.num_computed_tokens + entry.num_new_tokens
+            assert entry.num_new_tokens >= 1
+            assert end <= len(row.token_ids)
+            assert end <= len(row.block_ids) * self.block_size, "a token has no slot"
+            assert entry.is_sampling == (end == len(row.token_ids))
+            assert row.num_computed in (0, entry.num_computed_tokens), "a chunk was skipped"
+            row.num_computed = end
+            prefix_names(row.token_ids, row.names)
+            for position in range(entry.num_computed_tokens, end):
+                self.memory[self._slot(row, position)] = position, row.names[position]
+        # All writes come before any read, as in one batch: a write into a shared block shows.
+        return ModelOutput(
+            sampled=tuple(
+                SampledTokens(entry.row, (self._sample(self.rows[entry.row]),))
+                for entry in plan.scheduled
+                if self._check_reads(self.rows[entry.row]) and entry.is_sampling
+            )
+        )
+
+    def _slot(self, row: Row, position: int) -> int:
+        at, offset = divmod(position, self.block_size)
+        return row.block_ids[at] * self.block_size + offset
+
+    def _check_reads(self, row: Row) -> bool:
+        for position in range(row.num_computed):
+            found = self.memory.get(self._slot(row, position))
+            assert found == (position, row.names[position]), "the cache serves another prefix"
+        return True
+
+    def _sample(self, row: Row) -> int:
+        num_output = len(row.token_ids) - row.new.num_prompt_tokens
+        token_id = fake_sample(row.names[-1], num_output, row.new.index, row.new.params)
+        row.token_ids.append(token_id)
+        return token_id
+
+
+class World:
+    """A scheduler and its simulated executor, stepping together."""
+
+    def __init__(
+        self, *, num_blocks: int = 64, max_model_len: int = 1024, **options: object
+    ) -> None:
+        self.config = EngineConfig(
+            **{  # type: ignore[arg-type]
+                "model": "fake",
+                "served_name": "fake",
+                "memory_bytes": 1,
+                "num_threads": 1,
+                "block_size": 4,
+                "max_num_seqs": 8,
+                "max_num_batched_tokens": 32,
+                "max_num_waiting": 100,
+                **options,
+            }
+        )
+        self.capacity = Capacity(
+            model="fake",
+            architecture="fake",
+            num_parameters=0,
+            max_model_len=max_model_len,
+            num_blocks=num_blocks,
+            block_size=self.config.block_size,
+            kv_cache_bytes=0,
+            weights_bytes=0,
+            vocab_size=VOCAB_SIZE,
+            backend="fake",
+        )
+        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}))
+        self.executor = SimulatedExecutor(num_blocks, self.config.block_size)
+        self.num_steps = 0
+        self.plan = SchedulerOutput()
+        self.updates: list[TokenUpdate] = []
+        self._num_requests = 0
+
+    def add(
+        self, prompt_ids: list[int], *, priority: int = 0, name: str = "", **params: object
+    ) -> str:
+        """Add a request that by default ignores end-of-text; returns its id."""
+        self._num_requests += 1
+        request_id = name or f"request-{self._num_requests}"
+        values = {"ignore_eos": True, "max_tokens": 4, "seed": 1, **params}
+        self.scheduler.add(
+            EngineRequest(
+                request_id=request_id,
+                prompt_ids=prompt_ids,
+                params=SamplingParams(**values),  # type: ignore[arg-type]
+                priority=priority,
+            ),
+            float(self.num_steps),
+        )
+        return request_id
+
+    def schedule(self) -> SchedulerOutput:
+        """Plan a step, and check what is promised of every plan."""
+        self.plan = self.scheduler.schedule(float(self.num_steps))
+        assert self.plan.scheduled, "work to do and none planned"
+        assert self.plan.num_tokens <= self.config.max_num_batched_tokens
+        rows = [entry.row for entry in self.plan.scheduled]
+        assert len(rows) == len(set(rows)) <= self.config.max_num_seqs
+        assert all(0 <= row < self.config.max_num_seqs for row in rows)
+        return self.plan
+
+    def finish_step(self) -> list[TokenUpdate]:
+        """Compute the planned step and take the result."""
+        updates = self.scheduler.update(self.executor.run(self.plan))
+        self.updates += updates
+        self.num_steps += 1
+        self.scheduler.check_invariants()
+        return updates
+
+    def step(self) -> list[TokenUpdate]:
+        """One whole step."""
+        self.schedule()
+        return self.finish_step()
+
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenUpdate]:
+        """End a request or a sequence."""
+        updates = self.scheduler.abort(request_id, index)
+        self.updates += updates
+        self.scheduler.check_invariants()
+        return updates
+
+    def drain(self, max_steps: int = 10_000) -> None:
+        """Step until nothing is left to do, then check that nothing is left over."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work():
+                break
+            self.step()
+        assert not self.scheduler.has_work(), f"still at work after {max_steps} steps"
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
+
+    def output(self, request_id: str, index: int = 0) -> list[int]:
+        """All tokens that a sequence was given so far."""
+        return [
+            token_id
+            for update in self.updates
+            if (update.request_id, update.index) == (request_id, index)
+            for token_id in update.token_ids
+        ]
+
+    def finish_reason(self, request_id: str, index: int = 0) -> str | None:
+        """The one finish reason of a sequence, or None while it is alive."""
+        reasons = [
+            update.finish_reason
+            for update in self.updates
+            if (update.request_id, update.index) == (request_id, index) and update.finish_reason
+        ]
+        assert len(reasons) <= 1, "a sequence ended twice"
+        return reasons[0] if reasons else None
+
+
+@pytest.fixture(scope="session")
+def simulation() -> SimpleNamespace:
+    """The names of this file that tests use (test folders are no packages to import from)."""
+    return SimpleNamespace(World=World, run_alone=run_alone, EOS=EOS, VOCAB_SIZE=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def make_world() -> type[World]:
+    """Makes a World: `make_world(num_blocks=…, max_model_len=…, **options of EngineConfig)`."""
+    return World

@@ -1,0 +1,185 @@
+"""Random histories of requests, aborts and steps through the scheduler and a simulated KV memory.
+
+After every call the invariants hold, and at the end every sequence has given exactly the tokens
+that it gives alone: whatever was batched, chunked, shared, preempted or aborted beside it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from octavo.errors import ContextLengthError, OverloadedError
+from octavo.types import EngineRequest, SamplingParams
+
+SMALL_WORLDS = st.fixed_dictionaries(
+    {
+        "num_blocks": st.integers(3, 16),
+        "max_model_len": st.integers(8, 60),
+        "block_size": st.integers(1, 6),
+        "max_num_seqs": st.integers(1, 6),
+        "max_num_batched_tokens": st.one_of(st.integers(1, 4), st.integers(5, 40)),
+        "max_num_waiting": st.integers(1, 6),
+        "use_prefix_cache": st.booleans(),
+        "policy": st.sampled_from(["fcfs", "priority"]),
+    }
+)
+# Few beginnings and few token ids, so that prompts share prefixes all the time.
+PROMPTS = st.builds(
+    lambda text, cut, tail: ([text] * 30 + list(range(10)))[:cut] + tail,
+    st.integers(1, 2),
+    st.integers(0, 40),
+    st.lists(st.integers(1, 3), min_size=0, max_size=12),
+)
+PARAMS = st.builds(
+    SamplingParams,
+    n=st.sampled_from([1, 1, 1, 2, 4]),
+    seed=st.integers(1, 14),
+    stop_token_ids=st.sampled_from([(), (), (3, 5)]),
+    ignore_eos=st.booleans(),
+    min_tokens=st.integers(0, 4),
+    max_tokens=st.integers(1, 30),
+)
+
+
+class Histories(RuleBasedStateMachine):
+    """Drives one World; `requests` is everything that was accepted."""
+
+    def __init__(self, simulation: SimpleNamespace) -> None:
+        super().__init__()
+        self.simulation = simulation
+        self.requests: dict[str, EngineRequest] = {}
+        self.aborted: set[tuple[str, int]] = set()
+
+    @initialize(options=SMALL_WORLDS)
+    def start(self, options: dict[str, Any]) -> None:
+        self.world = self.simulation.World(**options)
+        self.scheduler = self.world.scheduler
+
+    @rule(asked=st.lists(st.tuples(PROMPTS, PARAMS, st.integers(-1, 1)), min_size=1, max_size=4))
+    def add(self, asked: list[tuple[list[int], SamplingParams, int]]) -> None:
+        for prompt, params, priority in asked:
+            self._add(prompt, params, priority)
+
+    def _add(self, prompt: list[int], params: SamplingParams, priority: int) -> None:
+        request = EngineRequest(
+            request_id=str(len(self.requests)),
+            prompt_ids=prompt or [1],
+            params=params,
+            priority=priority,
+        )
+        before = self.scheduler.stats()
+        try:
+            self.scheduler.add(request, float(self.world.num_steps))
+        except ContextLengthError:
+            assert not self._fits(request)
+            assert self.scheduler.stats() == before
+        except OverloadedError as error:
+            assert before.num_waiting >= self.world.config.max_num_waiting
+            assert 1 <= error.retry_after_s <= 60
+            assert self.scheduler.stats() == before
+        else:
+            assert self._fits(request)
+            self.requests[request.request_id] = request
+        self.scheduler.check_invariants()
+
+    @precondition(lambda self: self.scheduler.has_work())
+    @rule(num_steps=st.integers(1, 20))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            if self.scheduler.has_work():
+                self.world.step()
+
+    @precondition(lambda self: self.scheduler.has_work())
+    @rule(data=st.data(), is_in_flight=st.booleans())
+    def abort(self, data: st.DataObject, is_in_flight: bool) -> None:
+        if not is_in_flight:
+            self._abort(data)
+            return
+        self.world.schedule()
+        for _ in range(data.draw(st.integers(1, 3))):
+            self._abort(data)
+        updates = self.world.finish_step()
+        assert self.aborted.isdisjoint((u.request_id, u.index) for u in updates)
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.scheduler.reset_prefix_cache()
+        self.scheduler.check_invariants()
+        assert self.scheduler.stats().num_blocks_cached == 0
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        lengths = [r.params.n * self._max_len(r) for r in self.requests.values()]
+        self.world.drain(max_steps=10 + 4 * sum(lengths))
+        for request_id, request in self.requests.items():
+            for index in range(request.params.n):
+                output = self.world.output(request_id, index)
+                reason = self.world.finish_reason(request_id, index)
+                alone, reason_alone = self.simulation.run_alone(
+                    request, index, self.world.capacity.max_model_len
+                )
+                if (request_id, index) in self.aborted:
+                    assert reason == "abort"
+                    assert output == alone[: len(output)]
+                else:
+                    assert (output, reason) == (alone, reason_alone)
+
+    def _abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        indexes = range(self.requests[request_id].params.n)
+        index = data.draw(st.sampled_from([*indexes, None]))
+        alive = {
+            (request_id, i)
+            for i in indexes
+            if index in (None, i) and self.world.finish_reason(request_id, i) is None
+        }
+        updates = self.world.abort(request_id, index)
+        assert {(u.request_id, u.index) for u in updates} == alive
+        assert all(u.finish_reason == "abort" and not u.token_ids for u in updates)
+        self.aborted |= alive
+
+    def _max_len(self, request: EngineRequest) -> int:
+        assert request.params.max_tokens is not None
+        asked = len(request.prompt_ids) + request.params.max_tokens
+        return min(asked, self.world.capacity.max_model_len)
+
+    def _fits(self, request: EngineRequest) -> bool:
+        capacity = self.world.capacity
+        num_slots = capacity.num_blocks * capacity.block_size
+        has_room = len(request.prompt_ids) < capacity.max_model_len
+        return has_room and self._max_len(request) - 1 <= num_slots
+
+
+def run_histories(simulation: SimpleNamespace, max_examples: int, num_rules: int) -> None:
+    run_state_machine_as_test(
+        lambda: Histories(simulation),
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=num_rules,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_random_histories_keep_every_promise(simulation: SimpleNamespace) -> None:
+    run_histories(simulation, max_examples=150, num_rules=30)
+
+
+@pytest.mark.slow
+def test_many_long_random_histories_keep_every_promise(simulation: SimpleNamespace) -> None:
+    run_histories(simulation, max_examples=5000, num_rules=80)
