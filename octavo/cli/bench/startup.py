@@ -22,6 +22,7 @@ from octavo.errors import ConfigError
 
 DEADLINE_S = 120.0
 POLL_S = 0.005
+SETTLE_S = 1.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def _run_once(model: str, memory: str) -> dict[str, float]:
         ready = _until(server, lambda: _status(port, "/ready") == 200) - began
         _first_token(port)
         token = time.perf_counter() - began
-        resident = _resident_bytes(server.pid)
+        resident = _settled_bytes(server.pid)
         metrics = get(urlsplit(f"http://127.0.0.1:{port}"), "/metrics")
         pool, weights = (
             _metric(metrics, name) for name in ("octavo_kv_cache_bytes", "octavo_weights_bytes")
@@ -118,6 +119,15 @@ def _first_token(port: int) -> None:
 def _model_name(port: int) -> str:
     models: Any = get(urlsplit(f"http://127.0.0.1:{port}"), "/v1/models")
     return str(models["data"][0]["id"])
+
+
+def _settled_bytes(pid: int) -> int:
+    """Resident memory once it no longer grows: the KV pool is touched in the background."""
+    size = -1
+    while (now := _resident_bytes(pid)) > size:
+        size = now
+        time.sleep(SETTLE_S)
+    return now
 
 
 def _resident_bytes(pid: int) -> int:
