@@ -257,7 +257,7 @@ void pack_panels(const DenseView& view, PackedWeight* out, int64_t panel_begin, 
 size_t linear_scratch_bytes(const PackedWeight& weight) {
   if (weight.group == 0) return 64;
   const int64_t groups = weight.k / weight.group;
-  return padded(weight.k * kPanel + 2 * kRowBlock * groups * 4);
+  return padded(2 * kRowBlock * groups * 4);  // a start of the integer sum and a scaled sum, a row and group
 }
 
 }  // namespace octavo
