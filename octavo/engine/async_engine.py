@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,7 +30,6 @@ from octavo.errors import (
     OverloadedError,
     RequestError,
 )
-from octavo.tokenizer.load import Tokenizer
 from octavo.types import (
     AbortRequest,
     AddRequest,
@@ -45,6 +45,9 @@ from octavo.types import (
     SamplingParams,
     StartEngine,
 )
+
+if TYPE_CHECKING:  # an engine is launched before the tokenizers library is imported
+    from octavo.tokenizer.tokenizer import Tokenizer
 
 CLOSE_TIMEOUT_S = 2.0
 """How long the engine process may take to end by itself, and again after SIGTERM."""

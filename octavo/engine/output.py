@@ -7,11 +7,14 @@ text of the whole. Knows text and ids, no process, no HTTP. Imports no numpy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from octavo.engine.stop_strings import StopMatch, StopStringFinder
 from octavo.tokenizer.detokenizer import Detokenizer
-from octavo.tokenizer.load import Tokenizer
 from octavo.types import FinishReason, OutputDelta, SamplingParams, TokenUpdate
+
+if TYPE_CHECKING:  # an engine is launched before the tokenizers library is imported
+    from octavo.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from octavo.tokenizer.tokenizer import Tokenizer
+if TYPE_CHECKING:  # an engine is launched before the tokenizers library is imported
+    from octavo.tokenizer.tokenizer import Tokenizer
 
 
 class Detokenizer:
