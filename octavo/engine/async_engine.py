@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import socket
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from octavo.config import EngineConfig
+from octavo.engine.client_channel import ClientChannel
 from octavo.engine.delta_queue import DeltaQueue
+from octavo.engine.launch import EngineProcess
 from octavo.engine.output import OutputProcessor
-from octavo.engine.transport import ClientChannel, encode
 from octavo.engine.validation import complete_request
 from octavo.errors import (
     ContextLengthError,
@@ -43,7 +39,6 @@ from octavo.types import (
     OutputDelta,
     RequestRejected,
     SamplingParams,
-    StartEngine,
 )
 
 if TYPE_CHECKING:  # an engine is launched before the tokenizers library is imported
@@ -65,23 +60,21 @@ class AsyncEngine:
         stats: as of the engine's last step.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
-        """Use `launch` instead."""
+    def __init__(self, process: EngineProcess, tokenizer: Tokenizer | None = None) -> None:
+        """Take over a process that was just started; see `launch`."""
         self._process = process
-        self._socket = sock
         self._channel: ClientChannel | None = None
         self._reader: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
         self._settled = asyncio.Event()
         self._queues: dict[str, DeltaQueue] = {}
-        self._processor: OutputProcessor | None = None
-        self._tokenizer: Tokenizer | None = None
         self._numbers = itertools.count()
         self.phase = "starting"
         self.progress = 0.0
         self.capacity: Capacity | None = None
         self.failure: str | None = None
         self.stats = EngineStats()
+        self.tokenizer = tokenizer
 
     @classmethod
     def launch(cls, config: EngineConfig, tokenizer: Tokenizer | None = None) -> AsyncEngine:
@@ -90,20 +83,7 @@ class AsyncEngine:
         Raises:
             ConfigError: the configuration is at fault.
         """
-        start = encode(StartEngine(config=msgspec.to_builtins(config.validate())))
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "octavo.engine.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
-            )
-        ours.sendall(start)
-        engine = cls(process, ours)
-        engine.tokenizer = tokenizer
-        return engine
+        return cls(EngineProcess.start(config), tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -123,7 +103,7 @@ class AsyncEngine:
     @property
     def exit_code(self) -> int | None:
         """The exit code of the engine process, negative for a signal; None while it runs."""
-        return self._process.poll()
+        return self._process.exit_code
 
     @property
     def num_requests(self) -> int:
@@ -134,7 +114,7 @@ class AsyncEngine:
         """Begin to listen to the engine, in the running event loop; idempotent."""
         async with self._connecting:
             if self._channel is None and self.failure is None:
-                self._channel = await ClientChannel.open(self._socket)
+                self._channel = await ClientChannel.open(self._process.socket)
                 self._reader = asyncio.create_task(self._listen(self._channel))
 
     async def wait_ready(self) -> Capacity:
@@ -191,13 +171,13 @@ class AsyncEngine:
         self._end("the engine was closed", phase="closed")
         if self._channel is not None:
             await self._channel.close()
-        self._socket.close()
+        self._process.socket.close()
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
-        for stop in (None, self._process.terminate, self._process.kill):
-            if stop is not None:
-                stop()
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None:
+                self._process.signal(number)
             if await self._wait_exit(CLOSE_TIMEOUT_S) is not None:
                 break
 
@@ -208,7 +188,7 @@ class AsyncEngine:
                 self._take(record)
         except Exception as error:  # a bug of ours, here or there: nobody may wait for ever
             failure = f"the engine's output cannot be read: {type(error).__name__}: {error}"
-            self._process.kill()
+            self._process.signal(signal.SIGKILL)
         if failure is None and self.failure is None:
             code = await self._wait_exit(1.0)
             failure = f"the engine process ended unexpectedly ({_describe_exit(code)})"

@@ -7,8 +7,6 @@ numpy.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import select
 import socket
 import struct
@@ -21,6 +19,7 @@ from octavo.types import FromEngine, ToEngine
 MAX_FRAME_BYTES = 64 << 20
 """A longer frame is a fault: the longest true one is a prompt, a few bytes a token."""
 
+HEADER_BYTES = 4
 _HEADER = struct.Struct("<I")
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -39,6 +38,20 @@ def encode(record: ToEngine | FromEngine) -> bytes:
             f"a frame of {len(body):,} bytes is over the limit of {MAX_FRAME_BYTES:,}"
         )
     return _HEADER.pack(len(body)) + body
+
+
+def body_length(header: bytes | bytearray, start: int = 0) -> int:
+    """The length of the body that follows a header.
+
+    Raises:
+        TransportError: it is more than MAX_FRAME_BYTES.
+    """
+    (length,) = _HEADER.unpack_from(header, start)
+    if length > MAX_FRAME_BYTES:
+        raise TransportError(
+            f"a frame of {length:,} bytes is over the limit of {MAX_FRAME_BYTES:,}"
+        )
+    return int(length)
 
 
 def decode_to_engine(body: bytes | bytearray | memoryview) -> ToEngine:
@@ -73,16 +86,11 @@ class FrameBuffer:
         self._bytes += data
         bodies = []
         start = 0
-        while len(self._bytes) - start >= _HEADER.size:
-            (length,) = _HEADER.unpack_from(self._bytes, start)
-            if length > MAX_FRAME_BYTES:
-                raise TransportError(
-                    f"a frame of {length:,} bytes is over the limit of {MAX_FRAME_BYTES:,}"
-                )
-            end = start + _HEADER.size + length
+        while len(self._bytes) - start >= HEADER_BYTES:
+            end = start + HEADER_BYTES + body_length(self._bytes, start)
             if end > len(self._bytes):
                 break
-            bodies.append(bytes(self._bytes[start + _HEADER.size : end]))
+            bodies.append(bytes(self._bytes[start + HEADER_BYTES : end]))
             start = end
         del self._bytes[:start]
         return bodies
@@ -116,41 +124,3 @@ class EngineChannel:
                 return None
             records += [decode_to_engine(body) for body in self._buffer.feed(data)]
         return records
-
-
-class ClientChannel:
-    """The parent's end, for an event loop."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Take over a stream pair; see `open`."""
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def open(cls, sock: socket.socket) -> ClientChannel:
-        """Attach a connected socket to the running event loop."""
-        sock.setblocking(False)
-        return cls(*await asyncio.open_unix_connection(sock=sock))
-
-    def send(self, record: ToEngine) -> None:
-        """Queue one frame to be sent; a closed channel swallows it."""
-        if not self._writer.is_closing():
-            self._writer.write(encode(record))
-
-    async def receive(self) -> FromEngine | None:
-        """The next record; None at the end of the stream."""
-        try:
-            (length,) = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
-            if length > MAX_FRAME_BYTES:
-                raise TransportError(
-                    f"a frame of {length:,} bytes is over the limit of {MAX_FRAME_BYTES:,}"
-                )
-            return decode_from_engine(await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
-
-    async def close(self) -> None:
-        """Close the socket: the engine reads the end of the stream and ends."""
-        self._writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()

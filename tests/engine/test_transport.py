@@ -11,9 +11,9 @@ import threading
 import msgspec
 import pytest
 
+from octavo.engine.client_channel import ClientChannel
 from octavo.engine.transport import (
     MAX_FRAME_BYTES,
-    ClientChannel,
     EngineChannel,
     FrameBuffer,
     TransportError,
