@@ -66,9 +66,13 @@ class FreeList:
 
     def pop_first(self) -> int:
         """Take the first block. The list must not be empty."""
-        block_id = self._next[self._sentinel]
-        assert block_id != self._sentinel, "no block is free"
-        self.remove(block_id)
+        sentinel, links = self._sentinel, self._next
+        block_id = links[sentinel]
+        assert block_id != sentinel, "no block is free"
+        following = links[block_id]
+        links[sentinel] = following
+        self._previous[following] = sentinel
+        self._num_free -= 1
         return block_id
 
     def remove(self, block_id: int) -> None:

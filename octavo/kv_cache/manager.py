@@ -141,17 +141,15 @@ class KVCacheManager:
         Returns:
             The ids appended (maybe none), or None: there is no room and nothing has changed.
         """
-        blocks = self._blocks
+        free, ref_count = self._blocks.free, self._blocks.ref_count
         num_held = len(table.block_ids) + len(prefix.block_ids)
         num_new = max(0, -(-num_tokens // self.block_size) - num_held)
-        num_revived = 0
-        for block_id in prefix.block_ids:
-            num_revived += blocks.ref_count[block_id] == 0
-        if num_new + num_revived + num_reserved_blocks > len(blocks.free):
+        num_revived = sum([ref_count[block_id] == 0 for block_id in prefix.block_ids])
+        if num_new + num_revived + num_reserved_blocks > len(free):
             return None
         for block_id in prefix.block_ids:
             self._share(block_id)
-        new_ids = prefix.block_ids + tuple([self._take() for _ in range(num_new)])
+        new_ids = (*prefix.block_ids, *[self._take() for _ in range(num_new)])
         table.block_ids.extend(new_ids)
         table.num_committed_blocks += len(prefix.block_ids)
         self.num_queried_tokens += prefix.num_queried_tokens

@@ -92,7 +92,7 @@ class Scheduler:
         self._shares = PromptShares()
         self._drain_rate = DrainRate()
         self._running: list[Sequence] = []  # In the order of rank.
-        # With no more rows than the budget has tokens, every decode finds its token.
+        # With no more rows than the budget has tokens, decodes leave one to a prompt that runs.
         num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._rows: list[Sequence | None] = [None] * num_rows
         self._free_rows = list(range(num_rows))[::-1]

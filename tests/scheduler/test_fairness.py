@@ -79,6 +79,16 @@ def test_running_answers_get_their_token_in_every_step(make_world: MakeWorld) ->
     world.drain()
 
 
+def test_answers_leave_a_token_to_a_prompt_that_runs(make_world: MakeWorld) -> None:
+    world = make_big_world(make_world, max_num_batched_tokens=4)
+    world.add([1] * 30, name="prompt", max_tokens=1)
+    world.step()
+    for i in range(8):
+        world.add([i], max_tokens=300)
+    # Eight answers could take the whole budget; but no more rows run than it has tokens.
+    assert first_token_step(world, "prompt", 4 * 30)
+
+
 def test_with_one_token_to_share_both_still_move(make_world: MakeWorld) -> None:
     world = make_big_world(make_world, max_num_batched_tokens=1, max_num_seqs=1)
     world.add([1] * 30, name="only one row", max_tokens=1)
