@@ -86,7 +86,6 @@ class EngineLoop:
 
 def serve(sock: socket.socket) -> int:
     """Be an engine on this socket until its other end closes; return the exit code."""
-    threading.Thread(target=_end_with_parent, args=(sock.fileno(),), daemon=True).start()
     channel = EngineChannel(sock)
     try:
         core = _load(channel)
@@ -145,7 +144,9 @@ def _end_with_parent(fd: int) -> None:
 def main() -> int:
     """Run on the socket whose file descriptor is the first argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    return serve(socket.socket(fileno=int(sys.argv[1])))
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    threading.Thread(target=_end_with_parent, args=(sock.fileno(),), daemon=True).start()
+    return serve(sock)
 
 
 if __name__ == "__main__":
