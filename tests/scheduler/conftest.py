@@ -107,6 +107,7 @@ class SimulatedExecutor:
             assert row.num_computed in (0, entry.num_computed_tokens), "a chunk was skipped"
             row.num_computed = end
             prefix_names(row.token_ids, row.names)
+            self._check_writes(row, entry.num_computed_tokens)
             for position in range(entry.num_computed_tokens, end):
                 self.memory[self._slot(row, position)] = position, row.names[position]
         # All writes come before any read, as in one batch: a write into a shared block shows.
@@ -121,6 +122,11 @@ class SimulatedExecutor:
     def _slot(self, row: Row, position: int) -> int:
         at, offset = divmod(position, self.block_size)
         return row.block_ids[at] * self.block_size + offset
+
+    def _check_writes(self, row: Row, begin: int) -> None:
+        written = set(row.block_ids[begin // self.block_size :])
+        for other in self.rows.values():
+            assert other is row or written.isdisjoint(other.block_ids), "a shared block is written"
 
     def _check_reads(self, row: Row) -> bool:
         for position in range(row.num_computed):

@@ -177,7 +177,7 @@ def run_histories(simulation: SimpleNamespace, max_examples: int, num_rules: int
 
 
 def test_random_histories_keep_every_promise(simulation: SimpleNamespace) -> None:
-    run_histories(simulation, max_examples=150, num_rules=30)
+    run_histories(simulation, max_examples=400, num_rules=30)
 
 
 @pytest.mark.slow
