@@ -149,6 +149,10 @@ PackedWeight describe(const DenseView& view, uint8_t* codes);
 void pack_panels(const GroupedView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end);
 void pack_panels(const DenseView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end);
 
+// Floats of attention's scratch for a tile of `tokens` query tokens, and of SampleArgs::work.
+size_t attention_scratch_floats(int64_t tokens, int64_t group, int64_t head_dim);
+size_t sample_scratch_floats(int64_t vocab);
+
 // dispatch.cpp: the best table of this machine, or the named one; null when the machine lacks it or the name is unknown.
 const KernelTable* kernel_table(const char* isa_or_null);
 

@@ -33,15 +33,15 @@ constexpr int64_t kOpsPerItem = 160'000;
 
 constexpr int64_t kMostItems = (int64_t{1} << 20) - 1;
 
-// Of a tile of `tokens` query tokens (attention.cpp, Rows): query and sums, scores of 64 tokens, sixteen lanes, a maximum.
+}  // namespace
+
+// attention.cpp, Rows: query and sums, scores of 64 tokens, sixteen lanes, a maximum.
 size_t attention_scratch_floats(int64_t tokens, int64_t group, int64_t head_dim) {
   return static_cast<size_t>(tokens * group * (2 * head_dim + 64 + 16 + 1));
 }
 
-// SampleArgs::work (sample.cpp): logits over temperature, their exponentials, ids, exponentials of listed ids.
+// sample.cpp, draw: logits over temperature, their exponentials, ids, room for ids or exponentials of listed ids.
 size_t sample_scratch_floats(int64_t vocab) { return static_cast<size_t>(4 * vocab); }
-
-}  // namespace
 
 void RopeTable::fill(int64_t positions) {
   const auto half = static_cast<int64_t>(inv_freq.size());

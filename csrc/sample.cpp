@@ -269,7 +269,9 @@ void race_all(Race* race, const float* z, const float* p, int64_t size, float le
 
 void race_listed(Race* race, const float* z, const float* p, const int32_t* ids, int64_t size, float least_p) {
   for (int64_t i = 0; i < size; ++i) {
-    if (p[ids[i]] >= least_p) enter(race, ids[i], z[ids[i]]);
+    const int32_t id = ids[i];
+    if (p[id] < least_p || least_complement(hash24(race->key, id)) > p[id] * race->chance * 0x1p24f) continue;
+    enter(race, id, z[id]);
   }
 }
 
