@@ -21,7 +21,7 @@ from octavo.tokenizer.tokenizer import Vocabulary
 
 _Value = TypeVar("_Value")
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _KEY = "tokenizer.ggml."
 
 # Tokens that end an answer by their name alone: many files declare only one of theirs.
@@ -48,17 +48,15 @@ class GGUFTokens:
 
     Attributes:
         texts: as the file writes them.
-        kinds: one of ggml's token types for each.
-        names: what the inner tokenizer calls each: unique, and out of reach of any text for control
-            tokens.
+        kinds: ggml's token type of each id that is no ordinary token.
     """
 
     texts: list[str]
-    kinds: list[int]
+    kinds: dict[int, int]
 
     def of_kind(self, *kinds: int) -> list[int]:
         """Ids of these kinds."""
-        return [index for index, kind in enumerate(self.kinds) if kind in kinds]
+        return [index for index, kind in self.kinds.items() if kind in kinds]
 
 
 def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
@@ -88,11 +86,7 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
 def gguf_eos_token_ids(metadata: Mapping[str, object]) -> frozenset[int]:
     """Ids that end an answer: those the file declares, and tokens whose name says so."""
     tokens = _read_tokens(metadata)
-    named = [
-        index
-        for index, text in enumerate(tokens.texts)
-        if text in _ENDING_NAMES and tokens.kinds[index] == _CONTROL
-    ]
+    named = [index for index in tokens.of_kind(_CONTROL) if tokens.texts[index] in _ENDING_NAMES]
     ids = _declared_ids(metadata, len(tokens.texts))
     return frozenset([*named, *(ids[name] for name in ("eos", "eot", "eom") if name in ids)])
 
@@ -126,12 +120,8 @@ def _sentencepiece(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabu
     scores = _list_of(metadata, "scores", float)
     if len(scores) < len(tokens.texts):
         raise ModelFileError("the GGUF file's tokenizer.ggml.scores is shorter than its token list")
-    kinds = tokens.kinds
-    joinable = {
-        text: index
-        for index, text in enumerate(tokens.texts)
-        if kinds[index] not in (_UNKNOWN, _CONTROL, _BYTE)
-    }
+    apart = set(tokens.of_kind(_UNKNOWN, _CONTROL, _BYTE))
+    joinable = {text: index for index, text in enumerate(tokens.texts) if index not in apart}
     merges = sentencepiece_merges(joinable, scores)
     names = _unique_names(tokens)
     name = names.__getitem__
@@ -211,10 +201,11 @@ def _read_tokens(metadata: Mapping[str, object]) -> GGUFTokens:
     texts = _list_of(metadata, "tokens", str)
     if not texts:
         raise ModelFileError("the GGUF file's tokenizer.ggml.tokens is missing or empty")
-    kinds = _list_of(metadata, "token_type", int) or [1] * len(texts)
+    kinds = _list_of(metadata, "token_type", int) or [_NORMAL] * len(texts)
     if len(kinds) < len(texts):
         raise ModelFileError("the GGUF file's tokenizer.ggml.token_type is shorter than its tokens")
-    return GGUFTokens(texts, kinds)
+    odd = {index: kind for index, kind in enumerate(kinds[: len(texts)]) if kind != _NORMAL}
+    return GGUFTokens(texts, odd)
 
 
 def _unique_names(tokens: GGUFTokens) -> list[str]:

@@ -53,7 +53,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def _beside(path: Path) -> str | None:
     """The text of FILE.jinja beside FILE.gguf, which replaces the file's own chat template."""
     try:
-        return path.with_suffix(".jinja").read_text()
+        return path.with_suffix(".jinja").read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -52,6 +52,27 @@ def test_a_sentencepiece_file(sentencepiece_metadata: dict[str, Any], tmp_path: 
     assert ids[0] == 1 and ids[-1] == 2 and not set(ids[1:-1]) & tokenizer.special_ids
 
 
+def test_a_template_beside_the_file_replaces_its_own(
+    sentencepiece_metadata: dict[str, Any], tmp_path: Path
+) -> None:
+    metadata = {**sentencepiece_metadata, "tokenizer.chat_template": "inside"}
+    path = write_gguf(tmp_path / "model.gguf", metadata)
+
+    def source() -> str | None:
+        template = load_tokenizer(path).chat_template
+        return None if template is None else template.source
+
+    assert source() == "inside"
+    (tmp_path / "model.jinja").write_text("beside é", encoding="utf-8")
+    assert source() == "beside é"
+    (tmp_path / "model.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelFileError, match=r"model\.jinja cannot be read"):
+        load_tokenizer(path)
+    write_gguf(path, sentencepiece_metadata)
+    (tmp_path / "model.jinja").unlink()
+    assert source() is None
+
+
 def test_default_model(smollm2: Tokenizer, smollm2_path: Path) -> None:
     assert smollm2.vocab_size == 49152
     assert smollm2.bos_token_id == 1
