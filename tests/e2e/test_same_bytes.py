@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+import safetensors.numpy
 
 from octavo import LLM, AsyncEngine
 from octavo.config import EngineConfig
@@ -112,14 +114,74 @@ def alone(path: Path, requests: Sequence[EngineRequest]) -> Answers:
 TINY_COUNT = 18
 
 
+FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.": "blk.",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@pytest.fixture(scope="module")
+def quantized_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a GGUF file, its matrices in turn in every format."""
+    path = tmp_path_factory.mktemp("quantized") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    weights = safetensors.numpy.load_file(tiny_model_path / "model.safetensors")
+    writer.add_token_list([f"t{i}" for i in range(len(weights["lm_head.weight"]))])
+    writer.add_eos_token_id(7)
+    number = 0
+    for name, tensor in sorted(weights.items()):
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        if tensor.ndim == 1:
+            writer.add_tensor(name, tensor)
+            continue
+        kind = gguf.GGMLQuantizationType[FORMATS[number % len(FORMATS)]]
+        number += 1
+        writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module", params=["dense", "quantized"])
+def tiny_path(request: pytest.FixtureRequest, tiny_model_path: Path) -> Path:
+    if request.param == "dense":
+        return tiny_model_path
+    path: Path = request.getfixturevalue("quantized_path")
+    return path
+
+
 @pytest.fixture(scope="module")
 def tiny_requests() -> list[EngineRequest]:
     return make_requests(TINY_COUNT, vocab_size=262, max_prompt=70, max_tokens=16)
 
 
 @pytest.fixture(scope="module")
-def tiny_alone(tiny_model_path: Path, tiny_requests: list[EngineRequest]) -> Answers:
-    answers = alone(tiny_model_path, tiny_requests)
+def tiny_alone(tiny_path: Path, tiny_requests: list[EngineRequest]) -> Answers:
+    answers = alone(tiny_path, tiny_requests)
     assert len(answers) == sum(r.params.n for r in tiny_requests)
     assert len({a[0] for a in answers.values()}) > TINY_COUNT // 2, "the answers tell apart"
     return answers
@@ -127,33 +189,31 @@ def tiny_alone(tiny_model_path: Path, tiny_requests: list[EngineRequest]) -> Ans
 
 @pytest.mark.parametrize("batch", [*range(1, 13), 16, 24])
 def test_every_batch_size(
-    tiny_model_path: Path, tiny_requests: list[EngineRequest], tiny_alone: Answers, batch: int
+    tiny_path: Path, tiny_requests: list[EngineRequest], tiny_alone: Answers, batch: int
 ) -> None:
-    [answers], _ = answers_of(
-        tiny_model_path, tiny_requests, max_num_seqs=batch, use_prefix_cache=False
-    )
+    [answers], _ = answers_of(tiny_path, tiny_requests, max_num_seqs=batch, use_prefix_cache=False)
     assert answers == tiny_alone
 
 
 @pytest.mark.parametrize("chunk", [*range(1, 36), 47, 48, 49, 63, 64, 65, 128, 256])
 def test_every_chunk_size(
-    tiny_model_path: Path, tiny_requests: list[EngineRequest], tiny_alone: Answers, chunk: int
+    tiny_path: Path, tiny_requests: list[EngineRequest], tiny_alone: Answers, chunk: int
 ) -> None:
-    [answers], _ = answers_of(tiny_model_path, tiny_requests, max_num_batched_tokens=chunk)
+    [answers], _ = answers_of(tiny_path, tiny_requests, max_num_batched_tokens=chunk)
     assert answers == tiny_alone
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_warm_prefix_cache_and_any_threads(
-    tiny_model_path: Path,
+    tiny_path: Path,
     tiny_requests: list[EngineRequest],
     tiny_alone: Answers,
     block_size: int,
     threads: int,
 ) -> None:
     (cold, warm), stats = answers_of(
-        tiny_model_path, tiny_requests, times=2, block_size=block_size, num_threads=threads
+        tiny_path, tiny_requests, times=2, block_size=block_size, num_threads=threads
     )
     assert cold == warm == tiny_alone
     assert stats.prefix_cache_hits > 0
@@ -161,19 +221,19 @@ def test_a_warm_prefix_cache_and_any_threads(
 
 @pytest.mark.parametrize("chunk", [5, 64])
 @pytest.mark.parametrize("use_prefix_cache", [False, True])
-def test_preemption(tiny_model_path: Path, chunk: int, use_prefix_cache: bool) -> None:
+def test_preemption(tiny_path: Path, chunk: int, use_prefix_cache: bool) -> None:
     # Sequences that begin short and grow long: the pool is full while they run.
     requests = make_requests(16, vocab_size=262, max_prompt=9, max_tokens=60)
     token_bytes = 2 * 2 * 2 * 16 * 2  # K and V, layers, heads, head_dim, fp16
     [answers], stats = answers_of(
-        tiny_model_path,
+        tiny_path,
         requests,
         memory_bytes=128 * token_bytes,
         max_num_batched_tokens=chunk,
         use_prefix_cache=use_prefix_cache,
         block_size=8,
     )
-    assert answers == alone(tiny_model_path, requests)
+    assert answers == alone(tiny_path, requests)
     assert stats.num_preemptions > 2
 
 
