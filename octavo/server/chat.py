@@ -53,10 +53,14 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
             service, exchange, [ids], params, answer_id=answer_id, priority=shared.priority
         )
 
-    writer = _Writer(model, tokenizer, has_logprobs=own.logprobs)
+    writer = _Writer(
+        model,
+        tokenizer,
+        has_logprobs=own.logprobs,
+        options=shared.stream_options or StreamOptions(),
+    )
     if shared.stream:
-        options = shared.stream_options or StreamOptions()
-        await stream_answer(service, exchange, writer.stream(begin(), options))
+        await stream_answer(service, exchange, writer.stream(begin()), writer.abort_events)
         return
     async with Cancellation(service, exchange):
         generation = await begin()
@@ -84,10 +88,14 @@ def _params(shared: GenerationFields, own: ChatFields) -> SamplingParams:
 class _Writer:
     """Puts a generation into OpenAI's chat objects."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, has_logprobs: bool) -> None:
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, *, has_logprobs: bool, options: StreamOptions
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._has_logprobs = has_logprobs
+        self._options = options
+        self._generation: Generation | None = None
 
     def whole(self, generation: Generation) -> ChatCompletion:
         """The answer of a request that does not stream."""
@@ -100,7 +108,7 @@ class _Writer:
                     index=i,
                     message=AssistantMessage("".join(choice.texts)),
                     logprobs=self._logprobs(choice.logprobs),
-                    finish_reason=choice.finish_reason,
+                    finish_reason=choice.finish_reason or "abort",
                     stop_reason=choice.stop_reason,
                 )
                 for i, choice in enumerate(generation.choices)
@@ -108,23 +116,10 @@ class _Writer:
             usage=generation.usage(),
         )
 
-    async def stream(
-        self, begin: Awaitable[Generation], options: StreamOptions
-    ) -> AsyncGenerator[Sequence[ChatChunk]]:
+    async def stream(self, begin: Awaitable[Generation]) -> AsyncGenerator[Sequence[ChatChunk]]:
         """The events of a request that streams."""
-        generation = await begin
+        generation = self._generation = await begin
         begun: set[int] = set()
-
-        def chunk(choices: list[ChatChunkChoice], *, is_last: bool = False) -> ChatChunk:
-            has_usage = is_last or options.continuous_usage_stats
-            without = None if options.include_usage else UNSET
-            return ChatChunk(
-                id=generation.id,
-                created=generation.created,
-                model=self._model,
-                choices=choices,
-                usage=generation.usage() if has_usage else without,
-            )
 
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
@@ -132,12 +127,33 @@ class _Writer:
                 if delta.index not in begun:
                     begun.add(delta.index)
                     first = Delta(role="assistant", content="")
-                    events.append(chunk([ChatChunkChoice(index=delta.index, delta=first)]))
-                events += [chunk([choice]) for choice in self._choices(delta)]
+                    events.append(self._chunk([ChatChunkChoice(index=delta.index, delta=first)]))
+                events += [self._chunk([choice]) for choice in self._choices(delta)]
                 if events:
                     yield events
-        if options.include_usage:
-            yield [chunk([], is_last=True)]
+        if self._options.include_usage:
+            yield [self._chunk([], is_last=True)]
+
+    def abort_events(self) -> list[ChatChunk]:
+        """What tells a stream's client that the rest of the answer will not come."""
+        choices = self._generation.choices if self._generation is not None else []
+        return [
+            self._chunk([ChatChunkChoice(index=i, delta=Delta(), finish_reason="abort")])
+            for i, choice in enumerate(choices)
+            if choice.finish_reason is None
+        ]
+
+    def _chunk(self, choices: list[ChatChunkChoice], *, is_last: bool = False) -> ChatChunk:
+        assert self._generation is not None
+        has_usage = is_last or self._options.continuous_usage_stats
+        without = None if self._options.include_usage else UNSET
+        return ChatChunk(
+            id=self._generation.id,
+            created=self._generation.created,
+            model=self._model,
+            choices=choices,
+            usage=self._generation.usage() if has_usage else without,
+        )
 
     def _choices(self, delta: OutputDelta) -> list[ChatChunkChoice]:
         found = []

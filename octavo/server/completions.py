@@ -36,7 +36,13 @@ async def completions(service: Service, exchange: Exchange) -> None:
     max_tokens = _DEFAULT_MAX_TOKENS if shared.max_tokens is None else shared.max_tokens
     params = shared.sampling_params(max_tokens=max_tokens, logprobs=own.logprobs)
     validate_params(params, capacity.vocab_size)
-    writer = _Writer(model, tokenizer, shared.n, has_logprobs=own.logprobs is not None)
+    writer = _Writer(
+        model,
+        tokenizer,
+        shared.n,
+        has_logprobs=own.logprobs is not None,
+        options=shared.stream_options or StreamOptions(),
+    )
 
     async def begin() -> Generation:
         ids = [await encode(prompt) for prompt in prompts]
@@ -66,8 +72,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
         )
 
     if shared.stream:
-        options = shared.stream_options or StreamOptions()
-        await stream_answer(service, exchange, writer.stream(begin(), options))
+        await stream_answer(service, exchange, writer.stream(begin()), writer.abort_events)
         return
     async with Cancellation(service, exchange):
         generation = await begin()
@@ -126,12 +131,22 @@ class _Writer:
         echoes: what each prompt's texts begin with, if that was asked for.
     """
 
-    def __init__(self, model: str, tokenizer: Tokenizer, n: int, *, has_logprobs: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        n: int,
+        *,
+        has_logprobs: bool,
+        options: StreamOptions,
+    ) -> None:
         self.echoes: list[str] = []
         self._model = model
         self._tokenizer = tokenizer
         self._n = n
         self._has_logprobs = has_logprobs
+        self._options = options
+        self._generation: Generation | None = None
 
     def whole(self, generation: Generation) -> Completion:
         """The answer of a request that does not stream."""
@@ -144,7 +159,7 @@ class _Writer:
                     index=i,
                     text=self._echo(i) + "".join(choice.texts),
                     logprobs=self._logprobs(choice.logprobs, 0),
-                    finish_reason=choice.finish_reason,
+                    finish_reason=choice.finish_reason or "abort",
                     stop_reason=choice.stop_reason,
                 )
                 for i, choice in enumerate(generation.choices)
@@ -152,23 +167,10 @@ class _Writer:
             usage=generation.usage(),
         )
 
-    async def stream(
-        self, begin: Awaitable[Generation], options: StreamOptions
-    ) -> AsyncGenerator[Sequence[Completion]]:
+    async def stream(self, begin: Awaitable[Generation]) -> AsyncGenerator[Sequence[Completion]]:
         """The events of a request that streams."""
-        generation = await begin
+        generation = self._generation = await begin
         offsets: dict[int, int] = {}
-
-        def event(choices: list[CompletionChoice], *, is_last: bool = False) -> Completion:
-            has_usage = is_last or options.continuous_usage_stats
-            without = None if options.include_usage else UNSET
-            return Completion(
-                id=generation.id,
-                created=generation.created,
-                model=self._model,
-                choices=choices,
-                usage=generation.usage() if has_usage else without,
-            )
 
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
@@ -187,9 +189,30 @@ class _Writer:
                     finish_reason=delta.finish_reason,
                     stop_reason=delta.stop_reason,
                 )
-                yield [event([choice])]
-        if options.include_usage:
-            yield [event([], is_last=True)]
+                yield [self._event([choice])]
+        if self._options.include_usage:
+            yield [self._event([], is_last=True)]
+
+    def abort_events(self) -> list[Completion]:
+        """What tells a stream's client that the rest of the answer will not come."""
+        choices = self._generation.choices if self._generation is not None else []
+        return [
+            self._event([CompletionChoice(index=i, text="", finish_reason="abort")])
+            for i, choice in enumerate(choices)
+            if choice.finish_reason is None
+        ]
+
+    def _event(self, choices: list[CompletionChoice], *, is_last: bool = False) -> Completion:
+        assert self._generation is not None
+        has_usage = is_last or self._options.continuous_usage_stats
+        without = None if self._options.include_usage else UNSET
+        return Completion(
+            id=self._generation.id,
+            created=self._generation.created,
+            model=self._model,
+            choices=choices,
+            usage=self._generation.usage() if has_usage else without,
+        )
 
     def _echo(self, index: int) -> str:
         return self.echoes[index // self._n] if self.echoes else ""

@@ -144,12 +144,6 @@ class Connection(HttpToolsProtocol):
         self._is_complete = True
         super().on_message_complete()
 
-    def on_response_complete(self) -> None:
-        """Keep the connection for another request, if this one was read to its end."""
-        super().on_response_complete()
-        if not self._is_complete and not self.transport.is_closing():
-            self._linger()
-
     # ---- bounds ----------------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
@@ -198,7 +192,9 @@ class Connection(HttpToolsProtocol):
             cycle.keep_alive = False
             self._is_lingering = True
             return
-        self.transport.write(_error_response(status, message))
+        is_answered = not self._is_in_headers and cycle is not None and cycle.response_complete
+        if not is_answered:  # else the answer came before the body, which breaks a bound only now
+            self.transport.write(_error_response(status, message))
         self._linger()
 
     def _linger(self) -> None:

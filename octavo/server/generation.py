@@ -26,7 +26,7 @@ class Choice:
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.num_tokens = 0
-        self.finish_reason: FinishReason = "abort"
+        self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.last_token_at = 0.0
 

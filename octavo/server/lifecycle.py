@@ -26,9 +26,9 @@ from octavo.types import Capacity
 
 _BACKLOG = 2048
 _TICK_S = 0.05
-_ABORT_S = 2.0
+_ABORT_S = 1.0
 """Requests that are ended have so long to say so to their clients."""
-_FLUSH_S = 1.0
+_FLUSH_S = 0.5
 """Answers that are complete have so long to reach slow clients."""
 
 
@@ -143,11 +143,10 @@ class HttpServer:
         if not await self._wait_idle(0.0 if self.is_engine_dead else self._options.drain_s):
             for cancel in list(service.cancellations):
                 cancel("shutdown")
-            if not await self._wait_idle(_ABORT_S):
-                for task in list(self._state.tasks):
-                    task.cancel()
-        deadline = asyncio.get_running_loop().time() + _FLUSH_S
-        while self._state.connections and asyncio.get_running_loop().time() < deadline:
+            await self._wait_idle(_ABORT_S)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _FLUSH_S
+        while self._state.connections and loop.time() < deadline:
             for connection in list(self._state.connections):
                 connection.shutdown()
             await asyncio.sleep(_TICK_S)
@@ -157,7 +156,8 @@ class HttpServer:
         if self._server is not None:
             self._server.close()
         for connection in list(self._state.connections):
-            connection.transport.abort()
+            connection.transport.abort()  # what is still being answered ends as if its client left
+        await self._wait_idle(_FLUSH_S)
         if self._clock is not None:
             self._clock.cancel()
         self._app.service.prompts.close()

@@ -7,7 +7,7 @@ A request is made of one or two flat structs whose fields stand side by side in 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -97,12 +97,12 @@ class ContentPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     type: str
     text: str | None = None
-    image_url: object = None
-    video_url: object = None
-    audio_url: object = None
-    input_audio: object = None
-    file: object = None
-    refusal: object = None
+    image_url: Any = None
+    video_url: Any = None
+    audio_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    refusal: Any = None
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,11 +115,11 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Accepted for OpenAI's clients; templates do not show it."""
     refusal: str | None = None
     """Accepted as null in assistant messages that are sent back."""
-    annotations: list[object] | None = None
+    annotations: list[Any] | None = None
     """Accepted as null or empty in assistant messages that are sent back."""
-    audio: object = None
-    tool_calls: list[object] | None = None
-    function_call: object = None
+    audio: Any = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -136,7 +136,7 @@ class ChatFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     """Go on with the last message instead of answering it."""
-    chat_template_kwargs: dict[str, object] = {}
+    chat_template_kwargs: dict[str, Any] = {}
     """Variables for the model's template."""
 
 
@@ -161,7 +161,7 @@ class TokenizeFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Default: true for a prompt, false for messages."""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, object] = {}
+    chat_template_kwargs: dict[str, Any] = {}
     return_token_strs: bool = False
 
 

@@ -15,6 +15,8 @@ from octavo.server.ports import Engine, Tokenizer
 from octavo.server.prompts import PromptEncoder
 from octavo.types import Capacity
 
+SHUTTING_DOWN = "shutting_down"
+
 
 class Service:
     """One served model and everything around it.
@@ -104,6 +106,6 @@ def shutting_down() -> HttpError:
     return HttpError(
         503,
         "The server is shutting down; ask another one or try again later.",
-        code="shutting_down",
+        code=SHUTTING_DOWN,
         headers=[(b"retry-after", b"5"), (b"connection", b"close")],
     )

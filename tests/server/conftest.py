@@ -77,19 +77,32 @@ class Server:
         self.process.communicate()
 
 
+def _serve(starting: list[Server]) -> Callable[..., Server]:
+    def start(*, is_ready: bool = True, **settings: object) -> Server:
+        starting.append(Server(**settings))
+        if is_ready:
+            starting[-1].wait_ready()
+        return starting[-1]
+
+    return start
+
+
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., Server]]:
-    """Starts servers with settings of their own."""
+    """Starts servers with settings of their own, for one test."""
     servers: list[Server] = []
-
-    def start(*, is_ready: bool = True, **settings: object) -> Server:
-        servers.append(Server(**settings))
-        if is_ready:
-            servers[-1].wait_ready()
-        return servers[-1]
-
-    yield start
+    yield _serve(servers)
     for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def start_module_server() -> Iterator[Callable[..., Server]]:
+    """Starts servers for all tests of a module; they must end well."""
+    servers: list[Server] = []
+    yield _serve(servers)
+    for server in servers:
+        assert server.stop() == (0, "")
         server.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import openai
-import pytest
 
 HELLO = [{"role": "user", "content": "hello"}]
 
