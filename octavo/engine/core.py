@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ModelFileError
 from octavo.runner.executor import InProcessExecutor
 from octavo.scheduler.scheduler import Scheduler
-from octavo.tokenizer.load import eos_token_ids
+from octavo.tokenizer.eos import eos_token_ids
 from octavo.types import (
     Capacity,
     EngineRequest,

@@ -7,56 +7,29 @@ becomes a control token. Reads metadata only, never tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
 
 import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
 from octavo.errors import ModelFileError
+from octavo.tokenizer.gguf_metadata import (
+    BYTE,
+    CONTROL,
+    KEY,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    GGUFTokens,
+    declared_ids,
+    gguf_eos_token_ids,
+    list_of,
+    read_tokens,
+    string_of,
+)
 from octavo.tokenizer.merges import sentencepiece_merges
 from octavo.tokenizer.pieces import Pieces
 from octavo.tokenizer.pretokenizers import find_pre_tokenizer
 from octavo.tokenizer.tokenizer import Vocabulary
-
-_Value = TypeVar("_Value")
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_KEY = "tokenizer.ggml."
-
-# Tokens that end an answer by their name alone: many files declare only one of theirs.
-_ENDING_NAMES = frozenset(
-    {
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<EOT>",
-        "</s>",
-        "<eos>",
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class GGUFTokens:
-    """The token list of a file, checked.
-
-    Attributes:
-        texts: as the file writes them.
-        kinds: ggml's token type of each id that is no ordinary token.
-    """
-
-    texts: list[str]
-    kinds: dict[int, int]
-
-    def of_kind(self, *kinds: int) -> list[int]:
-        """Ids of these kinds."""
-        return [index for index, kind in self.kinds.items() if kind in kinds]
 
 
 def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
@@ -66,7 +39,7 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
         ModelFileError: no tokenizer in the file, one of a kind that is not supported, or a broken
             one.
     """
-    kind = _string(metadata, "model", "")
+    kind = string_of(metadata, "model", "")
     if kind not in ("gpt2", "llama"):
         raise ModelFileError(
             f"the model's tokenizer.ggml.model is {kind!r}; Octavo reads byte-level BPE ('gpt2')"
@@ -74,7 +47,7 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
             if kind
             else "the GGUF file has no tokenizer (tokenizer.ggml.model); take another file"
         )
-    tokens = _read_tokens(metadata)
+    tokens = read_tokens(metadata)
     try:
         return _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens)
     except ModelFileError:
@@ -83,26 +56,10 @@ def gguf_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
         raise ModelFileError(f"the GGUF file's tokenizer is broken: {fault}") from fault
 
 
-def gguf_eos_token_ids(metadata: Mapping[str, object]) -> frozenset[int]:
-    """Ids that end an answer: those the file declares, and tokens whose name says so."""
-    tokens = _read_tokens(metadata)
-    named = [index for index in tokens.of_kind(_CONTROL) if tokens.texts[index] in _ENDING_NAMES]
-    ids = _declared_ids(metadata, len(tokens.texts))
-    return frozenset([*named, *(ids[name] for name in ("eos", "eot", "eom") if name in ids)])
-
-
-def gguf_variables(metadata: Mapping[str, object]) -> dict[str, str]:
-    """The texts that a chat template knows by name: bos_token, eos_token and so on."""
-    texts = _list_of(metadata, "tokens", str)
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    ids = _declared_ids(metadata, len(texts))
-    return {name: texts[ids[key]] for key, name in names.items() if key in ids}
-
-
 def _byte_level(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabulary:
     """Byte-level BPE with the merges of the file."""
-    rules = find_pre_tokenizer(_string(metadata, "pre", "default"))
-    cut = (merge.partition(" ") for merge in _list_of(metadata, "merges", str))
+    rules = find_pre_tokenizer(string_of(metadata, "pre", "default"))
+    cut = (merge.partition(" ") for merge in list_of(metadata, "merges", str))
     merges = [(left, right) for left, _, right in cut]
     model = models.BPE(
         {name: index for index, name in enumerate(_unique_names(tokens))},
@@ -117,10 +74,10 @@ def _byte_level(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabular
 
 def _sentencepiece(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabulary:
     """SentencePiece BPE: neighbours whose joined text is a token join, the best score first."""
-    scores = _list_of(metadata, "scores", float)
+    scores = list_of(metadata, "scores", float)
     if len(scores) < len(tokens.texts):
         raise ModelFileError("the GGUF file's tokenizer.ggml.scores is shorter than its token list")
-    apart = set(tokens.of_kind(_UNKNOWN, _CONTROL, _BYTE))
+    apart = set(tokens.of_kind(UNKNOWN, CONTROL, BYTE))
     joinable = {text: index for index, text in enumerate(tokens.texts) if index not in apart}
     merges = sentencepiece_merges(joinable, scores)
     names = _unique_names(tokens)
@@ -128,12 +85,12 @@ def _sentencepiece(metadata: Mapping[str, object], tokens: GGUFTokens) -> Vocabu
     model = models.BPE(
         {text: index for index, text in enumerate(names)},
         list(zip(map(name, merges[::2]), map(name, merges[1::2]), strict=True)),
-        unk_token=names[_declared_ids(metadata, len(names)).get("unknown", 0)],
+        unk_token=names[declared_ids(metadata, len(names)).get("unknown", 0)],
         fuse_unk=True,
         byte_fallback=True,
     )
     plain = _inner(model, tokens)
-    has_prefix = bool(metadata.get(_KEY + "add_space_prefix", True))
+    has_prefix = bool(metadata.get(KEY + "add_space_prefix", True))
     spaces = normalizers.Replace(" ", "▁")
     plain.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if has_prefix else spaces
@@ -149,7 +106,7 @@ def _inner(model: models.Model, tokens: GGUFTokens) -> tokenizers.Tokenizer:
     inner.add_tokens(
         [
             AddedToken(tokens.texts[index], normalized=False)
-            for index in tokens.of_kind(_USER_DEFINED)
+            for index in tokens.of_kind(USER_DEFINED)
             if tokens.texts[index]
         ]
     )
@@ -164,14 +121,14 @@ def _finish(
     adds_bos: bool,
 ) -> Vocabulary:
     """Put the parts together with the file's special tokens."""
-    ids = _declared_ids(metadata, len(tokens.texts))
+    ids = declared_ids(metadata, len(tokens.texts))
     bos, eos = ids.get("bos"), ids.get("eos")
-    adds_bos = bool(metadata.get(_KEY + "add_bos_token", adds_bos))
-    adds_eos = bool(metadata.get(_KEY + "add_eos_token", False))
+    adds_bos = bool(metadata.get(KEY + "add_bos_token", adds_bos))
+    adds_eos = bool(metadata.get(KEY + "add_eos_token", False))
     return Vocabulary(
         plain=plain,
         pieces=pieces,
-        specials={tokens.texts[index]: index for index in tokens.of_kind(_UNKNOWN, _CONTROL)},
+        specials={tokens.texts[index]: index for index in tokens.of_kind(UNKNOWN, CONTROL)},
         size=len(tokens.texts),
         prefix_ids=(bos,) if adds_bos and bos is not None else (),
         suffix_ids=(eos,) if adds_eos and eos is not None else (),
@@ -183,11 +140,11 @@ def _finish(
 def _literal_pieces(tokens: GGUFTokens) -> dict[int, bytes]:
     """Bytes of the tokens whose text is not encoded like that of ordinary ones."""
     literal: dict[int, bytes] = {}
-    for index in tokens.of_kind(_UNKNOWN, _CONTROL, _USER_DEFINED):
+    for index in tokens.of_kind(UNKNOWN, CONTROL, USER_DEFINED):
         literal[index] = tokens.texts[index].encode()
-    for index in tokens.of_kind(_UNUSED):
+    for index in tokens.of_kind(UNUSED):
         literal[index] = b""  # as llama.cpp writes them
-    for index in tokens.of_kind(_BYTE):
+    for index in tokens.of_kind(BYTE):
         try:
             literal[index] = bytes([int(tokens.texts[index][3:5], 16)])
         except ValueError:
@@ -196,57 +153,16 @@ def _literal_pieces(tokens: GGUFTokens) -> dict[int, bytes]:
     return literal
 
 
-def _read_tokens(metadata: Mapping[str, object]) -> GGUFTokens:
-    """The token list with a type for each token."""
-    texts = _list_of(metadata, "tokens", str)
-    if not texts:
-        raise ModelFileError("the GGUF file's tokenizer.ggml.tokens is missing or empty")
-    kinds = _list_of(metadata, "token_type", int) or [_NORMAL] * len(texts)
-    if len(kinds) < len(texts):
-        raise ModelFileError("the GGUF file's tokenizer.ggml.token_type is shorter than its tokens")
-    odd = {index: kind for index, kind in enumerate(kinds[: len(texts)]) if kind != _NORMAL}
-    return GGUFTokens(texts, odd)
-
-
 def _unique_names(tokens: GGUFTokens) -> list[str]:
     """What the inner tokenizer calls each token: its text if that is to be found in texts.
 
     Control tokens, doubles and empty ones get a name that no text contains.
     """
     names = list(tokens.texts)
-    hidden = tokens.of_kind(_UNKNOWN, _CONTROL)
+    hidden = tokens.of_kind(UNKNOWN, CONTROL)
     if len(set(names)) < len(names) or "" in names:
         last = {text: index for index, text in enumerate(names)}
         hidden += [index for index, text in enumerate(names) if last[text] != index or not text]
     for index in hidden:
         names[index] = f"\0{index}\0{tokens.texts[index]}"
     return names
-
-
-def _list_of(metadata: Mapping[str, object], key: str, kind: type[_Value]) -> list[_Value]:
-    """A list from the metadata, [] if absent; its first entry stands for the type of all."""
-    values = metadata.get(_KEY + key, [])
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values[:1]):
-        raise ModelFileError(f"the GGUF file's {_KEY}{key} is not a list of {kind.__name__}")
-    return values
-
-
-def _string(metadata: Mapping[str, object], key: str, default: str) -> str:
-    """A string from the metadata."""
-    value = metadata.get(_KEY + key, default)
-    if not isinstance(value, str):
-        raise ModelFileError(f"the GGUF file's {_KEY}{key} is not a string")
-    return value
-
-
-def _declared_ids(metadata: Mapping[str, object], size: int) -> dict[str, int]:
-    """The special tokens that the file names, by role; one out of range counts as not named."""
-    is_sentencepiece = _string(metadata, "model", "") == "llama"
-    ids = {"unknown": 0, "bos": 1, "eos": 2} if is_sentencepiece else {}
-    for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
-        value = metadata.get(f"{_KEY}{role}_token_id")
-        if value is not None and not isinstance(value, int):
-            raise ModelFileError(f"the GGUF file's {_KEY}{role}_token_id is not a token id")
-        if value is not None and 0 <= value < size:
-            ids[role] = value
-    return {role: token_id for role, token_id in ids.items() if token_id < size}

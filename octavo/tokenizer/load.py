@@ -11,13 +11,11 @@ from pathlib import Path
 
 from octavo.errors import ModelFileError
 from octavo.tokenizer.chat_template import ChatTemplate
-from octavo.tokenizer.folder_vocabulary import (
-    folder_eos_token_ids,
-    folder_template,
-    folder_variables,
-    folder_vocabulary,
-)
-from octavo.tokenizer.gguf_vocabulary import gguf_eos_token_ids, gguf_variables, gguf_vocabulary
+from octavo.tokenizer.eos import eos_token_ids
+from octavo.tokenizer.folder_files import folder_template, folder_variables
+from octavo.tokenizer.folder_vocabulary import folder_vocabulary
+from octavo.tokenizer.gguf_metadata import gguf_variables
+from octavo.tokenizer.gguf_vocabulary import gguf_vocabulary
 from octavo.tokenizer.tokenizer import Tokenizer
 from octavo.weights.gguf import GGUFFile
 
@@ -58,16 +56,3 @@ def _beside(path: Path) -> str | None:
         return None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path.with_suffix('.jinja')} cannot be read: {error}") from None
-
-
-def eos_token_ids(path: str | os.PathLike[str]) -> frozenset[int]:
-    """The ids that end a model's answers, read from its metadata alone.
-
-    Raises:
-        ModelFileError: a file is missing or broken.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return folder_eos_token_ids(path)
-    with GGUFFile.open(path) as file:
-        return gguf_eos_token_ids(file.metadata)

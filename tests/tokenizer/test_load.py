@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from array import array
 from pathlib import Path
@@ -121,6 +123,15 @@ def test_which_tokens_end_an_answer(byte_level_metadata: dict[str, Any]) -> None
     assert vocabulary.eos_token_ids == {5, 6, 7, *named}
     out_of_range = {"tokenizer.ggml.eos_token_id": 10**6}
     assert gguf_vocabulary({**byte_level_metadata, **out_of_range}).eos_token_ids == named
+
+
+def test_eos_ids_need_no_tokenizer() -> None:
+    """The engine process asks for them and must stay light."""
+    program = (
+        "import sys, octavo.tokenizer.eos;"
+        "sys.exit(not {'tokenizers', 'jinja2', 'numpy'}.isdisjoint(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_bos_and_eos_around_a_text(byte_level_metadata: dict[str, Any]) -> None:
