@@ -1,17 +1,23 @@
 """What scheduling costs: the time of `schedule` + `update`, and the memory of a large pool.
 
     python benchmarks/scheduler.py [--requests 256] [--prompt 2000] [--output 500] [--json]
+    python benchmarks/scheduler.py --fairness | --reserve
 
 The executor is left out: it answers every plan with tokens at once. "decode" is a step in which all
 requests are running and each gets one token; "first" are steps that compute prompts too; "waiting"
 is decoding with a full waiting queue behind it. Times are CPU time, so that a busy machine does not
 show; the wall clock's p50 stands beside them. Must: p99 of a decode step ≤ 2 ms; aim: 0.5 ms.
+
+`--fairness` counts the steps until the first token of short and long prompts that arrive together,
+for several ways to share a step (docs/decisions/040-fair-chunking.md); `--reserve` counts steps and
+recomputed tokens in a pool that is too small (docs/decisions/042-admission-reserve.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 import tracemalloc
@@ -19,6 +25,8 @@ from array import array
 
 from octavo.config import EngineConfig
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.scheduler import policy
+from octavo.scheduler import scheduler as scheduler_module
 from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
     Capacity,
@@ -32,23 +40,26 @@ from octavo.types import (
 BLOCK_SIZE = 16
 
 
-def make_scheduler(num_requests: int, num_tokens: int, budget: int) -> Scheduler:
-    """A scheduler whose pool holds all requests at once."""
-    num_blocks = num_requests * (num_tokens // BLOCK_SIZE + 3)
+def make_scheduler(
+    num_rows: int, max_model_len: int, budget: int, num_blocks: int = 0
+) -> Scheduler:
+    """A scheduler whose pool holds a sequence of full length in each row, or has `num_blocks`."""
+    num_blocks = num_blocks or num_rows * (max_model_len // BLOCK_SIZE + 3)
     config = EngineConfig(
         model="none",
         served_name="none",
         memory_bytes=1,
         num_threads=1,
-        max_num_seqs=num_requests,
+        max_num_seqs=num_rows,
         max_num_batched_tokens=budget,
+        max_num_waiting=10**6,
         block_size=BLOCK_SIZE,
     )
     capacity = Capacity(
         model="none",
         architecture="none",
         num_parameters=0,
-        max_model_len=num_tokens + 1,
+        max_model_len=max_model_len + 1,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         kv_cache_bytes=0,
@@ -149,6 +160,76 @@ def measure_memory(num_blocks: int) -> dict[str, float]:
     }
 
 
+def measure_fairness(guaranteed_part: int, load: float) -> dict[str, list[int]]:
+    """Steps to the first token, [p50, p99], of short and long prompts at a part of the capacity."""
+    policy.GUARANTEED_PART = guaranteed_part
+    draw, budget, output, num_steps = random.Random(1), 256, 100, 4000
+    scheduler = make_scheduler(64, 10_000 + output, budget)
+    params = SamplingParams(max_tokens=output, ignore_eos=True)
+    arrivals_a_step = load * budget / (0.95 * 175 + 0.05 * 7500 + output)
+    waits: dict[str, list[int]] = {"short": [], "long": []}
+    arrived: dict[str, int] = {}
+    step, next_arrival = 0, draw.expovariate(arrivals_a_step)
+    while step < num_steps or scheduler.has_work():
+        while next_arrival <= step < num_steps:
+            is_long = draw.random() < 0.05
+            length = draw.randint(5000, 10_000) if is_long else draw.randint(50, 300)
+            request_id = f"{'long' if is_long else 'short'}-{next_arrival}"
+            prompt_ids = [draw.randint(3, 90_000) for _ in range(length)]
+            request = EngineRequest(request_id=request_id, prompt_ids=prompt_ids, params=params)
+            scheduler.add(request, step)
+            arrived[request_id] = step
+            next_arrival += draw.expovariate(arrivals_a_step)
+        plan = scheduler.schedule(step)
+        step += 1
+        for update in scheduler.update(answer(plan, step)):
+            if update.request_id in arrived:
+                kind = update.request_id.split("-")[0]
+                waits[kind].append(step - arrived.pop(update.request_id))
+    return {
+        kind: [
+            round(statistics.quantiles(values, n=100, method="inclusive")[at]) for at in (49, 98)
+        ]
+        for kind, values in waits.items()
+    }
+
+
+def print_fairness() -> None:
+    """A table of loads and shares."""
+    parts = {"by rank": 1, "shortest": 10**9, "an eighth": 8, "a quarter": 4, "half": 2}
+    for load in (0.7, 0.95):
+        for name, part in parts.items():
+            print(f"load {load:.0%}  {name:10}", measure_fairness(part, load))
+
+
+def measure_reserve(num_blocks: int, reserved_blocks: int) -> dict[str, int]:
+    """What 400 requests at once take in a pool that holds about 43 (1,500 blocks) or 12 (400)."""
+    scheduler_module.RESERVED_BLOCKS = reserved_blocks
+    draw = random.Random(3)
+    scheduler = make_scheduler(128, 1200, 256, num_blocks)
+    for i in range(400):
+        prompt_ids = [draw.randint(3, 90_000) for _ in range(draw.randint(50, 600))]
+        params = SamplingParams(max_tokens=draw.randint(50, 500), ignore_eos=True)
+        request = EngineRequest(request_id=str(i), prompt_ids=prompt_ids, params=params)
+        scheduler.add(request, 0.0)
+    num_steps = num_tokens = 0
+    while scheduler.has_work():
+        plan = scheduler.schedule(0.0)
+        num_steps += 1
+        num_tokens += plan.num_tokens
+        scheduler.update(answer(plan, num_steps))
+    num_preemptions = scheduler.stats().num_preemptions
+    return {"steps": num_steps, "tokens": num_tokens, "preemptions": num_preemptions}
+
+
+def print_reserve() -> None:
+    """A table of pools and reserves."""
+    for num_blocks in (1500, 400):
+        for reserved_blocks in (0, 1, 2, 4):
+            figures = measure_reserve(num_blocks, reserved_blocks)
+            print(f"{num_blocks} blocks, {reserved_blocks} reserved a running sequence", figures)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -157,7 +238,15 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=500)
     parser.add_argument("--blocks", type=int, default=1_000_000)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--fairness", action="store_true")
+    parser.add_argument("--reserve", action="store_true")
     args = parser.parse_args()
+    if args.reserve:
+        print_reserve()
+        return
+    if args.fairness:
+        print_fairness()
+        return
     alone = measure_steps(args.requests, args.prompt, args.output, num_waiting=0)
     queued = measure_steps(args.requests, args.prompt, args.output, num_waiting=2000)
     report = {

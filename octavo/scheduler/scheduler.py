@@ -42,6 +42,10 @@ from octavo.types import (
     TokenUpdate,
 )
 
+RESERVED_BLOCKS = 1
+"""How many blocks stay free for each running sequence when another one is admitted
+(docs/decisions/042-admission-reserve.md)."""
+
 
 @dataclass(slots=True)
 class _Step:
@@ -307,9 +311,8 @@ class Scheduler:
         if not step.may_admit:
             return False
         prefix = self._cache.match_prefix(seq.table, seq.token_ids)
-        new_blocks = self._cache.allocate(
-            seq.table, len(seq.token_ids), prefix, num_reserved_blocks=len(self._running)
-        )
+        num_reserved = RESERVED_BLOCKS * len(self._running)
+        new_blocks = self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
         if new_blocks is None:
             step.may_admit = False
             return False
