@@ -44,7 +44,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": (LLAMA, {"tie_word_embeddings": True}),
     "llama-every-head-its-own": (LLAMA, {"num_key_value_heads": 4}),
     "llama-one-kv-head": (LLAMA, {"num_key_value_heads": 1}),
-    "llama-head-dim": (LLAMA, {"head_dim": 32}),
+    "llama-numbers": (
+        LLAMA,
+        {
+            "head_dim": 32,
+            "rms_norm_eps": 0.05,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+        },
+    ),
     "llama-biases": (LLAMA, {"attention_bias": True, "mlp_bias": True}),
     "llama-llama3": (LLAMA, {"rope_parameters": LLAMA3}),
     "llama-linear": (
