@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from octavo.kv_cache.manager import BlockTable
-from octavo.types import SamplingParams
+from octavo.types import FinishReason, SamplingParams
 
 Rank = tuple[int, int, int]
 """(urgency, order of arrival, index): the smaller one goes first. No two sequences share one."""
@@ -90,6 +90,14 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """How many tokens were sampled."""
         return len(self.token_ids) - self.request.num_prompt_tokens
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Append a sampled token; return why the sequence ends with it, if it does."""
+        self.token_ids.append(token_id)
+        request = self.request
+        if token_id in request.stop_ids and self.num_output_tokens > request.params.min_tokens:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_num_tokens else None
 
     @property
     def num_remaining_tokens(self) -> int:

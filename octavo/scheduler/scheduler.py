@@ -33,7 +33,6 @@ from octavo.types import (
     Capacity,
     EngineRequest,
     EngineStats,
-    FinishReason,
     ModelOutput,
     NewSequence,
     SampledTokens,
@@ -270,6 +269,8 @@ class Scheduler:
         if len(prompts) > 1:
             guaranteed = self._shares.take_guaranteed(step.num_left)
             self._share_out(step, sorted(prompts, key=by_rank), guaranteed, shares)
+            if not step.may_admit:
+                prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
             prompts.sort(key=by_remaining)
         self._share_out(step, prompts, step.num_left, shares)
         for seq, num_new in shares.items():
@@ -378,29 +379,22 @@ class Scheduler:
             return TokenUpdate(request.request_id, seq.index, finish_reason="error")
         if seq.num_computed_tokens // self._block_size > table.num_committed_blocks:
             self._cache.commit(table, seq.token_ids, seq.num_computed_tokens)
-        seq.token_ids.append(token_id)
+        finish_reason = seq.append(token_id)
         self._num_generation_tokens += 1
-        num_tokens = len(seq.token_ids)
-        num_output = num_tokens - request.num_prompt_tokens
-        finish_reason: FinishReason | None = None
-        stop_token_id = None
-        if token_id in request.stop_ids and num_output > request.params.min_tokens:
-            finish_reason = "stop"
-            stop_token_id = None if token_id in request.eos_ids else token_id
-        elif num_tokens >= seq.max_num_tokens:
-            finish_reason = "length"
-        if num_output == 1:
+        is_first = seq.num_output_tokens == 1
+        if is_first:
             self._release(request, request.params.n)
         if finish_reason is not None:
             self._end(seq)
+        is_users_stop = finish_reason == "stop" and token_id not in request.eos_ids
         return TokenUpdate(
             request.request_id,
             seq.index,
             sampled.token_ids,
             sampled.logprobs,
             finish_reason,
-            stop_token_id,
-            request.num_cached_tokens if num_output == 1 else 0,
+            token_id if is_users_stop else None,
+            request.num_cached_tokens if is_first else 0,
         )
 
     def _end(self, seq: Sequence) -> None:
