@@ -246,9 +246,11 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 
 #else
 
-#define OCTAVO_LANES(type, expression)              \
-  type result;                                      \
-  for (int i = 0; i < 16; ++i) result.v[i] = (expression); \
+// A loop, so that GCC makes vectors of it where it can and does not write it out sixteen times where it cannot.
+#define OCTAVO_EACH(n) _Pragma("GCC unroll 1") for (int i = 0; i < n; ++i)
+#define OCTAVO_LANES(type, expression)           \
+  type result;                                   \
+  OCTAVO_EACH(16) result.v[i] = (expression);    \
   return result
 
 OCTAVO_INLINE f32x16 set1(float x) { OCTAVO_LANES(f32x16, x); }
@@ -258,7 +260,7 @@ OCTAVO_INLINE f32x16 load_partial(const float* p, int64_t n) { OCTAVO_LANES(f32x
 OCTAVO_INLINE void store_partial(float* p, f32x16 a, int64_t n) { memcpy(p, a.v, static_cast<size_t>(n) * sizeof(float)); }
 OCTAVO_INLINE f32x16 load_f16(const uint16_t* p) { OCTAVO_LANES(f32x16, f16_to_f32(p[i])); }
 OCTAVO_INLINE void store_f16(uint16_t* p, f32x16 a) {
-  for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(a.v[i]);
+  OCTAVO_EACH(16) p[i] = f32_to_f16(a.v[i]);
 }
 OCTAVO_INLINE f32x16 load_bf16(const uint16_t* p) { OCTAVO_LANES(f32x16, bf16_to_f32(p[i])); }
 OCTAVO_INLINE f32x16 operator+(f32x16 a, f32x16 b) { OCTAVO_LANES(f32x16, a.v[i] + b.v[i]); }
@@ -292,7 +294,7 @@ OCTAVO_INLINE i32x16 bits_of(f32x16 a) { OCTAVO_LANES(i32x16, wrap(bits_of_float
 OCTAVO_INLINE f32x16 f32_of_bits(i32x16 a) { OCTAVO_LANES(f32x16, float_of_bits(unwrap(a.v[i]))); }
 // The low byte of every lane.
 OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
-  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(unwrap(a.v[i]) & 0xffu);
+  OCTAVO_EACH(16) p[i] = static_cast<int8_t>(unwrap(a.v[i]) & 0xffu);
 }
 
 #endif
@@ -377,22 +379,22 @@ OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) {
 }
 OCTAVO_INLINE void store_u8(uint8_t* p, u8x64 a) { memcpy(p, a.v, sizeof a.v); }
 OCTAVO_INLINE u8x64 low_nibbles(u8x64 a) {
-  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] & 15);
+  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(a.v[i] & 15);
   return a;
 }
 OCTAVO_INLINE u8x64 high_nibbles(u8x64 a) {
-  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] >> 4);
+  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(a.v[i] >> 4);
   return a;
 }
 OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   u8x64 result;
-  for (int i = 0; i < 64; ++i) result.v[i] = static_cast<uint8_t>(p[i & 3]);
+  OCTAVO_EACH(64) result.v[i] = static_cast<uint8_t>(p[i & 3]);
   return result;
 }
 constexpr int32_t kBytesZero = 0;
 OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
 OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) {
-  for (int i = 0; i < 16; ++i) {
+  OCTAVO_EACH(16) {
     int32_t sum = 0;
     for (int j = 0; j < 4; ++j) sum += w.v[4 * i + j] * static_cast<int8_t>(x.v[4 * i + j]);
     acc.v[i] = wrap(unwrap(acc.v[i]) + unwrap(sum));
