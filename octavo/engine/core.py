@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -80,8 +81,8 @@ class EngineCore:
         Raises:
             ConfigError: the model cannot be loaded as asked.
         """
-        eos = eos_token_ids(config.model)
-        executor = InProcessExecutor(config, eos, progress)
+        find_eos = functools.cache(lambda: eos_token_ids(config.model))
+        executor = InProcessExecutor(config, find_eos, progress)
         try:
             capacity = executor.start()
             progress("warm-up", 0.0)
@@ -89,7 +90,7 @@ class EngineCore:
         except BaseException:
             executor.close()
             raise
-        return cls(executor, Scheduler(config, capacity, eos), capacity, clock)
+        return cls(executor, Scheduler(config, capacity, find_eos()), capacity, clock)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; raises a RequestError if it could never run or the queue is full."""

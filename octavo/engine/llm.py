@@ -59,8 +59,12 @@ class LLM:
             ConfigError: the model cannot be loaded as asked; the message has cause and remedy.
         """
         config = engine_config(model, options)
-        self.tokenizer: Tokenizer = load_tokenizer(config.model)
         self._core = EngineCore.load(config)
+        try:
+            self.tokenizer: Tokenizer = load_tokenizer(config.model)
+        except BaseException:
+            self._core.close()
+            raise
         self._numbers = itertools.count()
         self._is_closed = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from octavo.config import EngineConfig
@@ -15,11 +15,21 @@ class InProcessExecutor:
     """Loads a model at `start` and computes steps in the caller's thread."""
 
     def __init__(
-        self, config: EngineConfig, eos_token_ids: Iterable[int], progress: PhaseProgress
+        self,
+        config: EngineConfig,
+        eos_token_ids: Callable[[], Iterable[int]],
+        progress: PhaseProgress,
     ) -> None:
-        """Keep what `start` needs; nothing is read yet."""
+        """Keep what `start` needs; nothing is read yet.
+
+        Args:
+            config: which model, and how much of everything.
+            eos_token_ids: asked once the model is loaded, so that a file which is no model at all
+                is reported as such and not for its lack of a tokenizer.
+            progress: called while loading.
+        """
         self._config = config
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = eos_token_ids
         self._progress = progress
         self._runner: Runner | None = None
         self._close = _nothing
@@ -40,7 +50,7 @@ class InProcessExecutor:
             num_rows=config.max_num_seqs,
             max_model_len=loaded.max_model_len,
             block_size=config.block_size,
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=self._eos_token_ids(),
         )
         return Capacity(
             model=config.served_name,
