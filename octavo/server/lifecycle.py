@@ -8,6 +8,7 @@ ends the process at once. A dead engine ends it too, since a supervisor can star
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -92,6 +93,8 @@ class HttpServer:
     async def open(self, listener: socket.socket) -> None:
         """Answer requests, and listen to signals."""
         loop = asyncio.get_running_loop()
+        # Its warning "socket.send() raised exception" is only a client that left.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         metrics = self._app.service.metrics
         factory = protocol_factory(
             self._app,

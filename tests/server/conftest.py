@@ -114,7 +114,7 @@ def server() -> Iterator[Server]:
     yield running
     running.wait_metric("octavo_requests_running", 0)
     code, errors = running.stop()
-    assert (code, errors) == (0, "")
+    assert code == 0 and errors == "", errors
     running.close()
 
 

@@ -137,8 +137,9 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event(server) -> None:
 
 
 def test_the_official_client_raises_on_an_error_event(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIError, match="finite"):
-        list(client.completions.create(model="fake", prompt="NAN", max_tokens=9, stream=True))
+    stream = client.completions.create(model="fake", prompt="NAN", max_tokens=9, stream=True)
+    with stream, pytest.raises(openai.APIError, match="finite"):
+        list(stream)
 
 
 def test_an_error_without_a_stream_is_a_500(server) -> None:
