@@ -42,6 +42,7 @@ Weights = Mapping[str, StoredTensor]
 Parts = Sequence[tuple[int, Sequence[int]]]
 
 BLOCK_SIZE = 16
+CHUNK = 200
 
 SHARED_KEYS = (
     "vocab_size",
@@ -90,15 +91,20 @@ class Stream:
         *,
         num_sequences: int = 1,
         max_len: int,
+        max_tokens: int | None = None,
         **options: Any,
     ) -> Stream:
-        """Compile the model on a backend ("reference" or "cpu") with room for the sequences."""
+        """Compile the model on a backend ("reference" or "cpu") with room for the sequences.
+
+        A step takes up to max_tokens; None: the sequences whole.
+        """
         num_blocks = -(-max_len // BLOCK_SIZE)
+        max_tokens = max_len * num_sequences if max_tokens is None else max_tokens
         settings = CompileOptions(
             num_threads=available_cpus(),
             block_size=BLOCK_SIZE,
-            max_num_tokens=max_len * num_sequences,
-            max_num_rows=max_len * num_sequences,
+            max_num_tokens=max_tokens,
+            max_num_rows=max_tokens,
             max_model_len=max_len,
         )
         module = importlib.import_module(f"octavo.backends.{backend}")
@@ -372,13 +378,13 @@ def main() -> None:
         "fp32, fp16 cache": ("reference", {"round_activations": False}),
     }
     streams: dict[str, Iterable[Float32]] = {
-        name: Stream.compile(backend, model, weights, max_len=length, **options).chunks(
-            token_ids, 200
-        )
+        name: Stream.compile(
+            backend, model, weights, max_len=length, max_tokens=CHUNK, **options
+        ).chunks(token_ids, CHUNK)
         for name, (backend, options) in settings.items()
     }
-    both = SameRounding(model, weights, max_len=length)
-    streams["cpu"], streams["same rounding"] = both.chunks(token_ids, 200)
+    both = SameRounding(model, weights, max_len=length, max_tokens=CHUNK)
+    streams["cpu"], streams["same rounding"] = both.chunks(token_ids, CHUNK)
     pairs = [
         ("fp32", "fp32, fp16 cache"),
         ("same rounding", "cpu"),
@@ -386,7 +392,7 @@ def main() -> None:
     ]
     if not args.no_transformers:
         oracle = build_transformers(model, weights)
-        streams["transformers"] = transformers_chunks(oracle, token_ids, 200)
+        streams["transformers"] = transformers_chunks(oracle, token_ids, CHUNK)
         pairs = [("transformers", "fp32"), *pairs, ("transformers", "cpu")]
     found = compare(streams, pairs, token_ids, progress=True)
     print(f"{path.name}, {length} positions of {args.text.name}")

@@ -63,8 +63,9 @@ def token_ids(smollm2_path: Path) -> list[int]:
 def agreements(
     quality: ModuleType, loaded: tuple[Any, Any], token_ids: list[int]
 ) -> dict[tuple[str, str], Any]:
-    exact = quality.Stream.compile("reference", *loaded, max_len=NUM_POSITIONS, **EXACT)
-    both = quality.SameRounding(*loaded, max_len=NUM_POSITIONS)
+    sizes = {"max_len": NUM_POSITIONS, "max_tokens": CHUNK}
+    exact = quality.Stream.compile("reference", *loaded, **sizes, **EXACT)
+    both = quality.SameRounding(*loaded, **sizes)
     cpu, same_rounding = both.chunks(token_ids, CHUNK)
     oracle = quality.build_transformers(*loaded)
     streams = {
