@@ -7,6 +7,8 @@ doing. Knows no text.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import select
 import signal
@@ -91,6 +93,9 @@ def serve(sock: socket.socket) -> int:
         core = _load(channel)
         if core is None:
             return 0
+        # What is there now stays: without this, a full collection walks it in the midst of a step.
+        gc.collect()
+        gc.freeze()
         channel.send(EngineReady(capacity=core.capacity))
         EngineLoop(core, channel).run()
     except (BrokenPipeError, ConnectionResetError):
@@ -98,7 +103,8 @@ def serve(sock: socket.socket) -> int:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             sys.excepthook(type(error), error, error.__traceback__)
-        channel.send(EngineFailed(message=_sentence(error)))
+        with contextlib.suppress(OSError):
+            channel.send(EngineFailed(message=_sentence(error)))
         return 1
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -135,6 +136,36 @@ def test_leaving_frees_the_blocks(tiny_config: MakeConfig, tiny_tokenizer: Token
         assert len(await collect(engine, [1], GREEDY)) > 0
 
     with_engine(tiny_config(), tiny_tokenizer, use)
+
+
+def test_many_that_leave_at_any_moment_leave_nothing(
+    tiny_config: MakeConfig, tiny_tokenizer: Tokenizer
+) -> None:
+    """B24: requests cancelled while they wait, compute their prompt, or stream; also n > 1."""
+
+    async def use(engine: AsyncEngine) -> None:
+        await engine.wait_ready()
+        dice = random.Random(3)
+        params = [
+            SamplingParams(n=dice.choice([1, 1, 4]), max_tokens=300, ignore_eos=True)
+            for _ in range(80)
+        ]
+        tasks = [
+            asyncio.create_task(collect(engine, [number] * dice.randint(1, 200), its))
+            for number, its in enumerate(params)
+        ]
+        for task in dice.sample(tasks, len(tasks)):
+            await asyncio.sleep(dice.random() * 0.01)
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert any(isinstance(result, asyncio.CancelledError) for result in results)
+        assert engine.num_requests == 0
+        await until(lambda: engine.stats.num_blocks_used == 0)
+        assert engine.stats.num_running == engine.stats.num_waiting == 0
+        answer = await collect(engine, [1, 2, 3], GREEDY)
+        assert sum(len(d.token_ids) for d in answer) == 8
+
+    with_engine(tiny_config(max_num_seqs=16), tiny_tokenizer, use)
 
 
 def test_a_slow_consumer_gets_everything(

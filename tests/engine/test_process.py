@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import struct
 import threading
@@ -120,6 +121,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object]) -> Iter
         ours.close()
         thread.join(5)
         assert not thread.is_alive()
+        gc.unfreeze()  # the engine froze this process's objects for itself
 
 
 def add(name: str) -> AddRequest:
