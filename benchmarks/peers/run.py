@@ -4,7 +4,7 @@
 
 Each peer lives in a virtual environment of its own, made from PyPI under the cache folder on the
 first run (llama-cpp-python is compiled for this machine: some minutes). A peer is a worker script
-in this folder: it reads {model, threads, concurrency, jobs} as JSON on stdin and writes
+in this folder, peer_NAME.py: it reads {model, threads, concurrency, jobs} as JSON on stdin and writes
 {seconds, output_tokens, first_token_seconds} as its last line of JSON. The jobs are seeded random
 prompts of 180 to 330 tokens with outputs of 90 to 166, greedy, in a closed loop. Peers take turns
 at each concurrency, `--rounds` times; the table shows medians and the ratio to Octavo.
@@ -13,16 +13,15 @@ at each concurrency, `--rounds` times; the table shows medians and the ratio to 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import venv
 
+from octavo.cli.bench.report import save
 from octavo.cli.bench.workload import make_jobs
 from octavo.config import available_cpus
 from octavo.weights import source
@@ -66,7 +65,7 @@ def interpreter(peer: str) -> str:
 def run_once(peer: str, task: dict[str, object]) -> dict[str, float]:
     """One measurement of one peer; raises with the end of its output if it fails."""
     done = subprocess.run(
-        [interpreter(peer), str(HERE / f"{peer}.py")],
+        [interpreter(peer), str(HERE / f"peer_{peer}.py")],
         input=json.dumps(task),
         capture_output=True,
         text=True,
@@ -132,26 +131,11 @@ def main() -> None:
                 flush=True,
             )
     if options.save:
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": cpu_name(),
-            "cpus": available_cpus(),
-            "model": options.model,
-            "by_concurrency": table,
-        }
-        path = HERE.parent / "results" / f"peers-{report['date']}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
+        print(
+            save(
+                HERE.parent / "results", "peers", {"model": options.model, "by_concurrency": table}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ import statistics
 import sys
 import time
 
-# This file has the package's name: look for the installed one alone.
-sys.path.pop(0)
-
 import llama_cpp
 import numpy as np
 

@@ -7,9 +7,6 @@ import statistics
 import sys
 import time
 
-# This file has the package's name: look for the installed one alone.
-sys.path.pop(0)
-
 import numpy as np
 import openvino as ov
 import openvino_genai as genai

@@ -8,9 +8,6 @@ import statistics
 import sys
 import time
 
-# This file has the package's name: look for the installed one alone.
-sys.path.pop(0)
-
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
