@@ -38,12 +38,13 @@ class PromptShares:
     """Divides the tokens that a step has for prompts into two parts.
 
     A quarter goes to prompts in the order of rank, the rest to those with the fewest tokens left;
-    what one order cannot use goes to the other. With S tokens a step for prompts it follows that
+    what one order cannot use goes to the other. With S tokens a step for prompts it follows that a
+    prompt of s tokens is computed
 
-    - a prompt of s tokens, beside others no longer than itself that have q tokens left, is computed
-      within (s + q) / (3/4 S) steps, however long or many the longer ones are;
-    - a prompt with q tokens left in those before it in rank is computed within (s + q) / (1/4 S)
-      steps, however many short ones keep arriving.
+    - within (s + q) / (3/4 S) steps, if q is what the others have left, but at most s of each: how
+      long a longer one is does not matter;
+    - within (s + q) / (1/4 S) steps, if q is what those before it in rank have left: how many
+      shorter ones keep arriving does not matter.
     """
 
     __slots__ = ("_credit",)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 MakeWorld = Any
 BUDGET = 64
@@ -50,6 +52,25 @@ def test_many_long_ones_do_not_hold_up_a_short_one(make_world: MakeWorld) -> Non
         world.step()
     world.add([9] * 40, name="short")
     assert first_token_step(world, "short", 10) == 1
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(budget=st.integers(4, 64), lengths=st.lists(st.integers(1, 400), min_size=1, max_size=16))
+def test_both_bounds_hold_for_prompts_that_arrive_together(
+    make_world: MakeWorld, budget: int, lengths: list[int]
+) -> None:
+    world = make_big_world(make_world, max_num_batched_tokens=budget, num_blocks=500)
+    for i, length in enumerate(lengths):
+        world.add([i + 1] * length, name=str(i), max_tokens=1)
+    num_rows = min(16, budget)
+    ended: dict[str, int] = {}
+    while world.scheduler.has_work():
+        for update in world.step():
+            ended[update.request_id] = world.num_steps
+    for i, length in enumerate(lengths[:num_rows]):
+        beside = sum(min(other, length) for other in lengths) * 4 / 3 / budget
+        before = sum(lengths[: i + 1]) * 4 / budget
+        assert ended[str(i)] <= min(beside, before) + 2
 
 
 def test_a_long_one_gets_a_quarter_under_a_flood_of_short_ones(make_world: MakeWorld) -> None:
