@@ -4,8 +4,8 @@
 
 Each peer lives in a virtual environment of its own, made from PyPI under the cache folder on the
 first run (llama-cpp-python is compiled for this machine: some minutes). A peer is a worker script
-in this folder, peer_NAME.py: it reads {model, threads, concurrency, jobs} as JSON on stdin and writes
-{seconds, output_tokens, first_token_seconds} as its last line of JSON. The jobs are seeded random
+in this folder, peer_NAME.py: it reads {model, threads, concurrency, jobs} as JSON on stdin and
+writes {seconds, output_tokens, first_token_seconds} as its last line. The jobs are seeded random
 prompts of 180 to 330 tokens with outputs of 90 to 166, greedy, in a closed loop. Peers take turns
 at each concurrency, `--rounds` times; the table shows medians and the ratio to Octavo.
 """
