@@ -15,7 +15,10 @@
 // into scratch by 10 to 15 % at 64 rows (half the cache traffic) and by 100 % at 6. Each step of a tile fetches 4 KB ahead, over
 // the page's end where the hardware stops: that took six rows from 380 to 500 GOP/s. Zero points become a number a row and
 // group, -zero * sum of code_x, with which the integer sum begins; these numbers are made kRowBlock rows at a time.
-// Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread: LINEAR_FIGURE.
+// Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread: 4-bit codes with minimums, per
+// cent of the int8 limit of the same run (1,040 GOP/s): 48 to 53 at 6 rows, 53 to 56 at 16, 55 to 63 at 64, 57 to 66 at 256 (670 GOP/s;
+// the conversion and three FMAs a group leave 73); 8-bit codes 62 to 71 at 256; one row reads 30 to 46 GB/s, all of the memory's
+// bandwidth; float16 and bfloat16 240 GFLOP/s at 64 rows, 97 % of fp32's limit. AVX2 200 GOP/s (tests/linear_bench.cpp).
 #include "kernel_functions.h"
 #include "simd.h"
 
@@ -266,7 +269,9 @@ void dense_tile(const uint8_t* codes, const float* x, int64_t k, const Output& t
   f32x16 c[kRows][kHalves];
   OCTAVO_UNROLL
   for (int i = 0; i < kRows; ++i) c[i][0] = c[i][1] = set1(0.0f);
+  constexpr int64_t kStep = kPanel * (kKind == WeightKind::kF32 ? 4 : 2);
   for (int64_t j = 0; j < k; ++j) {
+    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(codes + j * kStep + kAhead + line);
     const f32x16 w0 = load_dense<kKind>(codes, j * kPanel), w1 = load_dense<kKind>(codes, j * kPanel + kLanes);
     OCTAVO_UNROLL
     for (int i = 0; i < kRows; ++i) {

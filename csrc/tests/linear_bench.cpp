@@ -83,7 +83,7 @@ double int8_limit() {
 #endif
 
 double read_limit() {
-  std::vector<uint64_t> data(size_t{64} << 20 >> 3 << 2, 1);
+  std::vector<uint64_t> data(size_t{96} << 20 >> 3, 1);
   volatile uint64_t sink = 0;
   const double seconds = best_of(12, [&] {
     uint64_t a = 0, b = 0, c = 0, d = 0;
@@ -117,9 +117,21 @@ struct Isa {
   decltype(&scalar::linear) linear;
 };
 
-uint8_t* make(size_t size, int step) {
+uint8_t* make(size_t size) {
   auto* data = static_cast<uint8_t*>(std::aligned_alloc(64, (size + 63) / 64 * 64));
-  for (size_t i = 0; i < size; ++i) data[i] = static_cast<uint8_t>(i * static_cast<size_t>(step) % 61);  // small fp16 and f32 too
+  for (size_t i = 0; i < size; ++i) data[i] = static_cast<uint8_t>(i * 7 % 61);
+  return data;
+}
+
+// Ordinary numbers of one float type: 2**-4 and around.
+uint8_t* make_numbers(size_t size, WeightKind type) {
+  uint8_t* data = make(size);
+  for (size_t i = 0; i + 3 < size; i += 4) {
+    uint32_t value = 0x3d800000u + static_cast<uint32_t>(i % 1021) * 1000u;
+    if (type == WeightKind::kF16) value = 0x2c002c00u + static_cast<uint32_t>(i % 1021) * 0x00010001u;
+    if (type == WeightKind::kBF16) value = 0x3d803d80u + static_cast<uint32_t>(i % 61) * 0x00010001u;
+    std::memcpy(data + i, &value, 4);
+  }
   return data;
 }
 
@@ -132,8 +144,9 @@ void bench_shape(const Isa& isa, const Form& form, int64_t n, int64_t k, double 
   const size_t scale_bytes = static_cast<size_t>(n * groups) * (form.scales_f32 ? 4 : 2);
   const size_t bytes = code_bytes + scale_bytes * (form.minimums ? 2 : 1);
   const auto copies = static_cast<int64_t>(std::max<size_t>(1, (size_t{96} << 20) / bytes));
-  uint8_t* codes = make(code_bytes * static_cast<size_t>(copies), 7);
-  uint8_t* scales = make(std::max<size_t>(scale_bytes, 64) * static_cast<size_t>(copies), 1);
+  const size_t all_codes = code_bytes * static_cast<size_t>(copies), all_scales = std::max<size_t>(scale_bytes, 64) * static_cast<size_t>(copies);
+  uint8_t* codes = dense ? make_numbers(all_codes, form.kind) : make(all_codes);
+  uint8_t* scales = make_numbers(all_scales, form.scales_f32 ? WeightKind::kF32 : WeightKind::kF16);
   for (const int64_t rows : {1, 4, 6, 16, 64, 256}) {
     std::vector<float> x(static_cast<size_t>(rows * k)), out(static_cast<size_t>(rows * n)), x_scales(static_cast<size_t>(rows * groups));
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 201) - 100.0f;
