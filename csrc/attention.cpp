@@ -228,6 +228,11 @@ void finish_rows(const Problem& p) {
   }
 }
 
+// Ask for the lines of a block's part that are about to be read: blocks lie scattered, so hardware cannot foresee the next.
+OCTAVO_INLINE void prefetch(const uint16_t* begin, int64_t elements) {
+  for (int64_t i = 0; i < elements; i += 32) __builtin_prefetch(begin + i);
+}
+
 // Rows first to first + rows against the tokens start to start + kTile.
 void attend(const Problem& p, const Blocks& blocks, int64_t start, int64_t first, int64_t rows) {
   const AttentionArgs& a = *p.args;
@@ -290,6 +295,11 @@ void attention(const AttentionArgs* args, const int32_t* block_table, int64_t ro
       const int64_t at = (block * a.num_kv_heads + kv_head) * block_elements;
       blocks.k[i] = a.k_cache + at;
       blocks.v[i] = a.v_cache + at;
+      prefetch(blocks.v[i], block_elements);
+    }
+    for (int64_t i = 0; i * a.block_size < last - start - kTile && i * a.block_size < kTile; ++i) {
+      const int64_t block = block_table[(start + kTile) / a.block_size + i];
+      prefetch(a.k_cache + (block * a.num_kv_heads + kv_head) * block_elements, block_elements);
     }
     for (int64_t first = 0; first < num_rows; first += kMostRows) attend(p, blocks, start, first, tile_rows(p, first));
   }
