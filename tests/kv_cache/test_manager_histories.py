@@ -168,4 +168,4 @@ def test_random_histories_keep_every_promise() -> None:
 
 @pytest.mark.slow
 def test_many_long_random_histories_keep_every_promise() -> None:
-    run_histories(max_examples=10_000, num_rules=80)
+    run_histories(max_examples=4000, num_rules=80)

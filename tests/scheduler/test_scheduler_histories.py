@@ -182,4 +182,4 @@ def test_random_histories_keep_every_promise(simulation: SimpleNamespace) -> Non
 
 @pytest.mark.slow
 def test_many_long_random_histories_keep_every_promise(simulation: SimpleNamespace) -> None:
-    run_histories(simulation, max_examples=5000, num_rules=80)
+    run_histories(simulation, max_examples=3000, num_rules=80)
