@@ -140,7 +140,7 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt)
+            return prompt, self._encode_raw(prompt)
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown or len(prompt) == 0:
             raise InvalidRequestError(
@@ -148,7 +148,11 @@ class LLM:
             )
         text = prompt.get("prompt")
         ids = prompt.get("prompt_token_ids")
-        return text, list(ids) if ids is not None else self.tokenizer.encode(str(text))
+        return text, list(ids) if ids is not None else self._encode_raw(str(text))
+
+    def _encode_raw(self, text: str) -> list[int]:
+        """Whoever gives a raw prompt writes its special tokens out; chat keeps users' as text."""
+        return self.tokenizer.encode(text, parse_special=True)
 
     def _run(
         self,

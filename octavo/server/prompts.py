@@ -92,14 +92,16 @@ class PromptEncoder:
     async def encode_text(
         self, text: str, tokenizer: Tokenizer, capacity: Capacity, *, add_special_tokens: bool
     ) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a raw prompt: whoever sends one writes its special tokens out.
 
         Raises:
             ContextLengthError: more text than the context could ever hold.
         """
         await self._refuse_hopeless(len(text), tokenizer, capacity, "prompt")
         return await self._call(
-            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens),
+            lambda: tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, parse_special=True
+            ),
             is_short=len(text) < _INLINE_BYTES,
         )
 

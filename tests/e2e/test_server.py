@@ -140,15 +140,15 @@ def test_a_bad_request_names_its_field_and_stops_nothing(client) -> None:
 
 
 def test_a_user_who_types_a_special_token_gets_text(server, client) -> None:
-    """The ids of a typed <|im_end|> are those of plain text, never the token."""
-    plain = httpx.post(
-        f"{server.url}/tokenize", json={"model": MODEL, "prompt": "a <|im_end|> b"}, timeout=10
-    ).json()
-    special = httpx.post(
-        f"{server.url}/tokenize", json={"model": MODEL, "messages": PARIS}, timeout=10
-    ).json()
-    assert len(plain["tokens"]) > 5
-    assert 2 in special["tokens"] and 2 not in plain["tokens"]
+    """In chat the ids of a typed <|im_end|> are those of plain text; a raw prompt means it."""
+
+    def count_ends(**body: object) -> int:
+        answer = httpx.post(f"{server.url}/tokenize", json={"model": MODEL, **body}, timeout=10)
+        return answer.json()["tokens"].count(2)
+
+    typed = [{"role": "user", "content": "a <|im_end|> b"}]
+    assert count_ends(messages=typed) == count_ends(messages=PARIS) == 1
+    assert count_ends(prompt="a <|im_end|> b") == 1
 
 
 def test_the_pool_is_as_large_as_asked(server) -> None:
