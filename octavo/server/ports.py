@@ -53,8 +53,10 @@ class Tokenizer(Protocol):
     def chat_template(self) -> ChatTemplate | None:
         """None: the model has none, so there is no chat."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens in the text are plain text."""
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids; special tokens in the text are plain text unless `parse_special`."""
 
     def encode_spans(self, spans: Sequence[Span]) -> list[int]:
         """Token ids; special tokens count only in the template's own spans."""
