@@ -9,16 +9,17 @@
 // Nothing else happens to a sum, in whatever tile it stands, so a row's bits depend on neither its neighbours nor the
 // instruction set. K is never split between threads.
 //
-// A tile is kTileRows rows by 32 columns: AVX-512 6 x 2 vectors (12 sums of a group, 12 of the row, 2 of weights and some
-// scales in 32 registers: one load of nibbles and six of activations feed twelve vpdpbusd); AVX2 2 x 4 vectors.
-// Nibbles are split anew for each tile: three cheap instructions beside twelve products, which beat splitting them once
-// into scratch by 10 to 15 % at 64 rows (half the cache traffic) and by 100 % at 6. Each step of a tile fetches 4 KB ahead, over
-// the page's end where the hardware stops: that took six rows from 380 to 500 GOP/s. Zero points become a number a row and
-// group, -zero * sum of code_x, with which the integer sum begins; these numbers are made kRowBlock rows at a time.
-// Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread: 4-bit codes with minimums, per
-// cent of the int8 limit of the same run (1,040 GOP/s): 48 to 53 at 6 rows, 53 to 56 at 16, 55 to 63 at 64, 57 to 66 at 256 (670 GOP/s;
-// the conversion and three FMAs a group leave 73); 8-bit codes 62 to 71 at 256; one row reads 30 to 46 GB/s, all of the memory's
-// bandwidth; float16 and bfloat16 240 GFLOP/s at 64 rows, 97 % of fp32's limit. AVX2 200 GOP/s (tests/linear_bench.cpp).
+// A tile is kTileRows rows by 32 columns: AVX-512 6 x 2 vectors (12 sums of a group, 12 of the row, 2 of weights and
+// some scales in 32 registers: one load of nibbles and six of activations feed twelve vpdpbusd); AVX2 2 x 4 vectors.
+// Nibbles are split anew for each tile: three cheap instructions beside twelve products. Splitting them once into
+// scratch instead was 2 % slower at 64 rows, 13 % at 256 and half as fast at 6 (it doubles the cache traffic). Each
+// step of a tile fetches 4 KB ahead, over the page's end where the hardware stops: that took six rows from 380 to 500
+// GOP/s. Zero points become a number a row and group, -zero * sum of code_x, with which the integer sum begins; these
+// numbers are made kRowBlock rows at a time. Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread
+// (tests/linear_bench.cpp): 4-bit codes with minimums, per cent of the int8 limit of the same run (1,040 GOP/s): 44 to
+// 51 at 6 rows, 51 to 56 at 16, 53 to 64 at 64, 56 to 66 at 256 (the product and the two FMAs that follow each group
+// leave 73); one row reads 24 to 46 GB/s, all that the memory gave in that minute; float16 and bfloat16 240 GFLOP/s at
+// 64 rows, 97 % of fp32's limit. AVX2: 200 GOP/s at 64 rows.
 #include "kernel_functions.h"
 #include "simd.h"
 
@@ -41,30 +42,30 @@ constexpr int kTileRows = 2;
 #else
 constexpr int kTileRows = 4;
 #endif
-constexpr int kHalves = 2;          // vectors of columns a panel
-constexpr int64_t kAhead = 4096;    // bytes
+constexpr int kHalves = 2;        // vectors of columns a panel
+constexpr int64_t kAhead = 4096;  // bytes
 
 struct GroupedPanel {
-  const uint8_t* codes;    // of the panel
-  const uint8_t* scales;   // [groups][32], float16 or float32
+  const uint8_t* codes;   // of the panel
+  const uint8_t* scales;  // [groups][32], float16 or float32
   const uint8_t* minimums;
   bool scales_f32;
   int64_t groups;
 };
 
-struct GroupedRows {           // of a tile's first row
-  const int8_t* codes;          // [rows][groups * group]
-  const float* scales;          // [rows][groups]
-  const int32_t* offsets;       // [rows][groups] the integer sum begins here
-  const float* scaled_sums;     // [rows][groups] scale * sum, for the minimums
+struct GroupedRows {         // of a tile's first row
+  const int8_t* codes;       // [rows][groups * group]
+  const float* scales;       // [rows][groups]
+  const int32_t* offsets;    // [rows][groups] the integer sum begins here
+  const float* scaled_sums;  // [rows][groups] scale * sum, for the minimums
 };
 
-struct Output {                 // of a tile: its first row, the panel's first column
+struct Output {  // of a tile: its first row, the panel's first column
   float* out;
-  const float* bias;            // of the panel, or null
-  const float* residual;        // like out, or null
+  const float* bias;      // of the panel, or null
+  const float* residual;  // like out, or null
   int64_t stride;
-  int64_t columns;              // of the panel that exist
+  int64_t columns;  // of the panel that exist
 };
 
 OCTAVO_INLINE f32x16 load_scales(const uint8_t* scales, int64_t index, bool is_f32) {
@@ -235,7 +236,8 @@ void grouped_linear(const LinearArgs& args, int64_t panel_begin, int64_t panel_e
   auto* scaled_sums = reinterpret_cast<float*>(offsets + kRowBlock * groups);
   for (int64_t row = 0; row < args.rows; row += kRowBlock) {
     const int64_t count = args.rows - row < kRowBlock ? args.rows - row : kRowBlock;
-    const GroupedRows rows = {args.quantized.codes + row * k, args.quantized.scales + row * groups, offsets, scaled_sums};
+    const GroupedRows rows = {args.quantized.codes + row * k, args.quantized.scales + row * groups, offsets,
+                              scaled_sums};
     const int32_t* sums = args.quantized.sums + row * groups;
     for (int64_t i = 0; i < count * groups; ++i) {
       offsets[i] = static_cast<int32_t>(static_cast<uint32_t>(shift) * static_cast<uint32_t>(sums[i]));
@@ -243,8 +245,8 @@ void grouped_linear(const LinearArgs& args, int64_t panel_begin, int64_t panel_e
     }
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       const int64_t first = p * groups * kPanel * scale_bytes;
-      const GroupedPanel panel = {weight.codes + p * (k / 4) * step_bytes, scales + first, minimums ? minimums + first : nullptr,
-                                  weight.scales_f32, groups};
+      const GroupedPanel panel = {weight.codes + p * (k / 4) * step_bytes, scales + first,
+                                  minimums ? minimums + first : nullptr, weight.scales_f32, groups};
       const Output to = output_of(args, row, p);
       if (nibbles) {
         grouped_rows<Nibbles>(weight, panel, rows, to, count);
@@ -328,7 +330,8 @@ void embed_row(const PackedWeight* weight, int64_t row, float* out) {
   const int64_t first = panel * k * kPanel;
   switch (weight->kind) {
     case WeightKind::kF32:
-      for (int64_t j = 0; j < k; ++j) out[j] = reinterpret_cast<const float*>(weight->codes)[first + j * kPanel + column];
+      for (int64_t j = 0; j < k; ++j)
+        out[j] = reinterpret_cast<const float*>(weight->codes)[first + j * kPanel + column];
       return;
     case WeightKind::kF16:
       for (int64_t j = 0; j < k; ++j) {

@@ -1,18 +1,20 @@
 // From the stored forms of graph/tensors.py to PackedWeight: the layout that linear and embed_row read.
 //
-// A weight is cut into panels of 32 columns (output features), the last one padded with zeros. Grouped weights, a panel:
+// A weight is cut into panels of 32 columns (output features), the last one padded with zeros. Grouped weights, a
+// panel:
 //   kInt8: [k / 4][32 columns][4 k's] bytes, so that 64 bytes are the u8 operand of vpdpbusd for 16 columns;
-//   kInt4: [k / 4][16 columns][4 k's] bytes, the low nibble for column c, the high nibble for column c + 16: 64 bytes hold
+//   kInt4: [k / 4][16 columns][4 k's] bytes, the low nibble for column c, the high nibble for column c + 16: 64 bytes
+//   hold
 //     one step of all 32 columns, one load and two masks away from vpdpbusd;
 //   scales, minimums: [k / group][32 columns], float16 where the file has only float16 (bits untouched), else
 //     float32.
 // Dense weights, a panel: [k][32 columns] in the file's type.
 //
-// Packing goes block by block: the codes of 32 rows are gathered into bytes [32][block], then transposed in 4 x 4 words.
-// A plane's table (byte_of, shift_of) is cut into runs once a call: bytes in sequence with one shift, or the eight bits of one
-// byte, go sixteen or eight codes at a time with the vectors of the compiler (SSE2, NEON), anything else goes one by one.
-// Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread: nanoseconds a weight Q4_1 0.13, Q8_0
-// 0.22, Q5_1 0.34, Q4_K 0.15, Q6_K 0.26 (0.02 to 0.05 s for 134 million weights; tests/linear_bench.cpp).
+// Packing goes block by block: the codes of 32 rows are gathered into bytes [32][block], then transposed in 4 x 4
+// words. A plane's table (byte_of, shift_of) is cut into runs once a call: bytes in sequence with one shift, or the
+// eight bits of one byte, go sixteen or eight codes at a time with the vectors of the compiler (SSE2, NEON), anything
+// else goes one by one. Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread: nanoseconds a weight Q4_1 0.13,
+// Q8_0 0.22, Q5_1 0.34, Q4_K 0.15, Q6_K 0.26 (0.02 to 0.05 s for 134 million weights; tests/linear_bench.cpp).
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -82,7 +84,8 @@ void gather(const PlaneView& plane, const std::vector<Run>& runs, const uint8_t*
       case Run::Pattern::kSequence:
         for (int64_t row = 0; row < rows; ++row, from += plane.row_stride, to += stride) {
           for (int32_t i = 0; i < run.count; i += 16) {
-            const auto moved = reinterpret_cast<Bytes>(reinterpret_cast<Halves>(load_as<Bytes>(from + i) ^ flips) >> run.shift);
+            const auto moved =
+                reinterpret_cast<Bytes>(reinterpret_cast<Halves>(load_as<Bytes>(from + i) ^ flips) >> run.shift);
             const auto lifted = reinterpret_cast<Bytes>(reinterpret_cast<Halves>(moved & masks) << plane.lift);
             const Bytes sum = load_as<Bytes>(to + i) + lifted;
             std::memcpy(to + i, &sum, sizeof sum);

@@ -1,7 +1,8 @@
-// Sixteen lanes of float32 or int32, the same bits on every instruction set: every kernel is written once over this file.
+// Sixteen lanes of float32 or int32, the same bits on every instruction set: every kernel is written once over this
+// file.
 //
-// A kernel file is compiled once an instruction set, with one of OCTAVO_ISA_AVX512, OCTAVO_ISA_AVX2 or neither (scalar: also
-// ARM64) defined, and puts its functions in namespace octavo::OCTAVO_NS. Rules that keep the bits equal:
+// A kernel file is compiled once an instruction set, with one of OCTAVO_ISA_AVX512, OCTAVO_ISA_AVX2 or neither (scalar:
+// also ARM64) defined, and puts its functions in namespace octavo::OCTAVO_NS. Rules that keep the bits equal:
 //   - an FMA is written fma(a, b, c) and nothing else becomes one (-ffp-contract=off);
 //   - horizontal sums add in one order: lane i + lane i+8, then i+4, then i+2, then i+1;
 //   - max, min and comparisons have the semantics of SSE: max(a, b) is a > b ? a : b, so b when either is NaN;
@@ -20,7 +21,8 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 takes the undefined operands inside its own intrinsics for ours
+#pragma GCC diagnostic ignored \
+    "-Wuninitialized"  // GCC 12 takes the undefined operands inside its own intrinsics for ours
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
@@ -42,17 +44,35 @@ constexpr int kLanes = 16;
 // ---- the types ---------------------------------------------------------------------------------------------------
 
 #if defined(OCTAVO_ISA_AVX512)
-struct f32x16 { __m512 v; };
-struct i32x16 { __m512i v; };
-struct u8x64 { __m512i v; };  // 16 lanes of four bytes, an operand of dot()
+struct f32x16 {
+  __m512 v;
+};
+struct i32x16 {
+  __m512i v;
+};
+struct u8x64 {
+  __m512i v;
+};  // 16 lanes of four bytes, an operand of dot()
 #elif defined(OCTAVO_ISA_AVX2)
-struct f32x16 { __m256 lo, hi; };
-struct i32x16 { __m256i lo, hi; };
-struct u8x64 { __m256i lo, hi; };
+struct f32x16 {
+  __m256 lo, hi;
+};
+struct i32x16 {
+  __m256i lo, hi;
+};
+struct u8x64 {
+  __m256i lo, hi;
+};
 #else
-struct f32x16 { float v[16]; };
-struct i32x16 { int32_t v[16]; };
-struct u8x64 { uint8_t v[64]; };
+struct f32x16 {
+  float v[16];
+};
+struct i32x16 {
+  int32_t v[16];
+};
+struct u8x64 {
+  uint8_t v[64];
+};
 #endif
 
 // ---- scalars -----------------------------------------------------------------------------------------------------
@@ -133,7 +153,8 @@ OCTAVO_INLINE f32x16 load_f16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 OCTAVO_INLINE void store_f16(uint16_t* p, f32x16 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 OCTAVO_INLINE f32x16 load_bf16(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -218,15 +239,22 @@ OCTAVO_INLINE f32x16 select_gt(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
 
 OCTAVO_INLINE i32x16 set1_i32(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 OCTAVO_INLINE i32x16 load_i32(const int32_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }
 OCTAVO_INLINE void store_i32(int32_t* p, i32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
-OCTAVO_INLINE i32x16 operator+(i32x16 a, i32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-OCTAVO_INLINE i32x16 operator-(i32x16 a, i32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-OCTAVO_INLINE i32x16 operator&(i32x16 a, i32x16 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+OCTAVO_INLINE i32x16 operator+(i32x16 a, i32x16 b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+OCTAVO_INLINE i32x16 operator-(i32x16 a, i32x16 b) {
+  return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+OCTAVO_INLINE i32x16 operator&(i32x16 a, i32x16 b) {
+  return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
 OCTAVO_INLINE i32x16 max(i32x16 a, i32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 template <int kBits>
 OCTAVO_INLINE i32x16 shift_left(i32x16 a) {
@@ -248,20 +276,20 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 
 // A loop, so that GCC makes vectors of it where it can and does not write it out sixteen times where it cannot.
 #define OCTAVO_EACH(n) _Pragma("GCC unroll 1") for (int i = 0; i < n; ++i)
-#define OCTAVO_LANES(type, expression)           \
-  type result;                                   \
-  OCTAVO_EACH(16) result.v[i] = (expression);    \
+#define OCTAVO_LANES(type, expression)        \
+  type result;                                \
+  OCTAVO_EACH(16) result.v[i] = (expression); \
   return result
 
 OCTAVO_INLINE f32x16 set1(float x) { OCTAVO_LANES(f32x16, x); }
 OCTAVO_INLINE f32x16 load(const float* p) { OCTAVO_LANES(f32x16, p[i]); }
 OCTAVO_INLINE void store(float* p, f32x16 a) { memcpy(p, a.v, sizeof a.v); }
 OCTAVO_INLINE f32x16 load_partial(const float* p, int64_t n) { OCTAVO_LANES(f32x16, i < n ? p[i] : 0.0f); }
-OCTAVO_INLINE void store_partial(float* p, f32x16 a, int64_t n) { memcpy(p, a.v, static_cast<size_t>(n) * sizeof(float)); }
-OCTAVO_INLINE f32x16 load_f16(const uint16_t* p) { OCTAVO_LANES(f32x16, f16_to_f32(p[i])); }
-OCTAVO_INLINE void store_f16(uint16_t* p, f32x16 a) {
-  OCTAVO_EACH(16) p[i] = f32_to_f16(a.v[i]);
+OCTAVO_INLINE void store_partial(float* p, f32x16 a, int64_t n) {
+  memcpy(p, a.v, static_cast<size_t>(n) * sizeof(float));
 }
+OCTAVO_INLINE f32x16 load_f16(const uint16_t* p) { OCTAVO_LANES(f32x16, f16_to_f32(p[i])); }
+OCTAVO_INLINE void store_f16(uint16_t* p, f32x16 a) { OCTAVO_EACH(16) p[i] = f32_to_f16(a.v[i]); }
 OCTAVO_INLINE f32x16 load_bf16(const uint16_t* p) { OCTAVO_LANES(f32x16, bf16_to_f32(p[i])); }
 OCTAVO_INLINE f32x16 operator+(f32x16 a, f32x16 b) { OCTAVO_LANES(f32x16, a.v[i] + b.v[i]); }
 OCTAVO_INLINE f32x16 operator-(f32x16 a, f32x16 b) { OCTAVO_LANES(f32x16, a.v[i] - b.v[i]); }
@@ -300,11 +328,11 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 #endif
 
 // ---- four bytes a lane: the arithmetic of grouped weights -----------------------------------------------------------
-// low_nibbles and high_nibbles split 64 packed bytes; broadcast_x4 puts the same four int8 x, within +-127, in every lane.
-// dot_bytes(acc, load_bytes(p), x): acc + the sum of four products (code - kBytesZero) * x a lane. kBytesZero is 128 on AVX2,
-// whose u8 * s8 pairs saturate at 16 bits: it multiplies |code - 128| by x with the sign moved onto it.
-// start_nibbles(s), dot_nibbles at most eight times, end_nibbles(sums, s) is the same sum from s for w <= 15: AVX2 keeps it in
-// 16 bits meanwhile.
+// low_nibbles and high_nibbles split 64 packed bytes; broadcast_x4 puts the same four int8 x, within +-127, in every
+// lane. dot_bytes(acc, load_bytes(p), x): acc + the sum of four products (code - kBytesZero) * x a lane. kBytesZero is
+// 128 on AVX2, whose u8 * s8 pairs saturate at 16 bits: it multiplies |code - 128| by x with the sign moved onto it.
+// start_nibbles(s), dot_nibbles at most eight times, end_nibbles(sums, s) is the same sum from s for w <= 15: AVX2
+// keeps it in 16 bits meanwhile.
 
 #if defined(OCTAVO_ISA_AVX512)
 
@@ -326,7 +354,8 @@ OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) { return {_mm512_dp
 #elif defined(OCTAVO_ISA_AVX2)
 
 OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
 OCTAVO_INLINE void store_u8(uint8_t* p, u8x64 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
@@ -359,7 +388,9 @@ OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) {
           dot8(acc.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
 }
 
-struct nibble_sums { __m256i lo, hi; };  // 16 bits: 8 * 2 * 15 * 127 < 2**15
+struct nibble_sums {
+  __m256i lo, hi;
+};  // 16 bits: 8 * 2 * 15 * 127 < 2**15
 OCTAVO_INLINE nibble_sums start_nibbles(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) {
   return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
@@ -367,7 +398,8 @@ OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) {
 }
 OCTAVO_INLINE i32x16 end_nibbles(nibble_sums acc, int32_t start) {
   const __m256i ones = _mm256_set1_epi16(1), from = _mm256_set1_epi32(start);
-  return {_mm256_add_epi32(_mm256_madd_epi16(acc.lo, ones), from), _mm256_add_epi32(_mm256_madd_epi16(acc.hi, ones), from)};
+  return {_mm256_add_epi32(_mm256_madd_epi16(acc.lo, ones), from),
+          _mm256_add_epi32(_mm256_madd_epi16(acc.hi, ones), from)};
 }
 
 #else
@@ -454,13 +486,13 @@ OCTAVO_INLINE int32_t hmax_i32(i32x16 a) {
 
 #else
 
-#define OCTAVO_REDUCE(expression)                                      \
-  for (int width = 8; width >= 1; width /= 2) {                        \
-    for (int i = 0; i < width; ++i) {                                  \
-      const auto x = a.v[i], y = a.v[i + width];                       \
-      a.v[i] = (expression);                                           \
-    }                                                                  \
-  }                                                                    \
+#define OCTAVO_REDUCE(expression)                \
+  for (int width = 8; width >= 1; width /= 2) {  \
+    for (int i = 0; i < width; ++i) {            \
+      const auto x = a.v[i], y = a.v[i + width]; \
+      a.v[i] = (expression);                     \
+    }                                            \
+  }                                              \
   return a.v[0]
 
 OCTAVO_INLINE float hsum(f32x16 a) { OCTAVO_REDUCE(x + y); }
@@ -476,8 +508,8 @@ OCTAVO_INLINE f32x16 abs(f32x16 a) { return f32_of_bits(bits_of(a) & set1_i32(0x
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2**23, bits 0x4b400000
 
 // e**x within 1 unit in the last place (0.91 measured) for -87.3 <= x <= 88.72; 0 below, infinity above, NaN for NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e**r is the series to r**7 / 7!, whose rest is below a float32 rounding there; 2**n is
-// added to the exponent's bits.
+// x = n ln 2 + r with |r| <= ln 2 / 2; e**r is the series to r**7 / 7!, whose rest is below a float32 rounding there;
+// 2**n is added to the exponent's bits.
 OCTAVO_INLINE f32x16 exp(f32x16 x) {
   const f32x16 low = set1(-87.3365402f), high = set1(88.7228317f);
   const f32x16 clamped = min(max(x, low), high);

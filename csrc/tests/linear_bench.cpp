@@ -1,5 +1,5 @@
-// Speed of linear against the limits of the machine, all measured in the same run on one thread: 8-bit dot products a second
-// (AVX-512 VNNI where the machine has it) and bytes read a second. Also packing and rounding.
+// Speed of linear against the limits of the machine, all measured in the same run on one thread: 8-bit dot products a
+// second (AVX-512 VNNI where the machine has it) and bytes read a second. Also packing and rounding.
 //
 // Compile like linear_test.cpp (same directory); run: linear_bench [isa [form [n]]]. Each figure is the best of several
 // runs, since the machine may be shared; weights rotate through copies that together exceed the caches.
@@ -17,10 +17,10 @@
 
 #include "../kernels.h"
 
-#define OCTAVO_DECLARE(isa)                                                                                       \
-  namespace octavo::isa {                                                                                         \
+#define OCTAVO_DECLARE(isa)                                                                                        \
+  namespace octavo::isa {                                                                                          \
   void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, QuantizedRows out); \
-  void linear(const LinearArgs* args, int64_t panel_begin, int64_t panel_end);                                    \
+  void linear(const LinearArgs* args, int64_t panel_begin, int64_t panel_end);                                     \
   }
 
 OCTAVO_DECLARE(scalar)
@@ -72,7 +72,8 @@ __attribute__((target("avx512f,avx512vnni"), noinline)) void dot_products(int64_
       "jnz 1b"
       : "+r"(steps)
       :
-      : "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm30", "zmm31", "cc");
+      : "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm30",
+        "zmm31", "cc");
 }
 
 double int8_limit() {
@@ -139,16 +140,21 @@ void bench_shape(const Isa& isa, const Form& form, int64_t n, int64_t k, double 
   const bool dense = form.group == 0;
   const int64_t groups = dense ? 0 : k / form.group;
   const auto weights = static_cast<size_t>(n * k);
-  const size_t bits = form.kind == WeightKind::kInt4 ? 4 : form.kind == WeightKind::kInt8 ? 8 : form.kind == WeightKind::kF32 ? 32 : 16;
+  const size_t bits = form.kind == WeightKind::kInt4   ? 4
+                      : form.kind == WeightKind::kInt8 ? 8
+                      : form.kind == WeightKind::kF32  ? 32
+                                                       : 16;
   const size_t code_bytes = weights * bits / 8;
   const size_t scale_bytes = static_cast<size_t>(n * groups) * (form.scales_f32 ? 4 : 2);
   const size_t bytes = code_bytes + scale_bytes * (form.minimums ? 2 : 1);
   const auto copies = static_cast<int64_t>(std::max<size_t>(1, (size_t{96} << 20) / bytes));
-  const size_t all_codes = code_bytes * static_cast<size_t>(copies), all_scales = std::max<size_t>(scale_bytes, 64) * static_cast<size_t>(copies);
+  const size_t all_codes = code_bytes * static_cast<size_t>(copies),
+               all_scales = std::max<size_t>(scale_bytes, 64) * static_cast<size_t>(copies);
   uint8_t* codes = dense ? make_numbers(all_codes, form.kind) : make(all_codes);
   uint8_t* scales = make_numbers(all_scales, form.scales_f32 ? WeightKind::kF32 : WeightKind::kF16);
   for (const int64_t rows : {1, 4, 6, 16, 64, 256}) {
-    std::vector<float> x(static_cast<size_t>(rows * k)), out(static_cast<size_t>(rows * n)), x_scales(static_cast<size_t>(rows * groups));
+    std::vector<float> x(static_cast<size_t>(rows * k)), out(static_cast<size_t>(rows * n)),
+        x_scales(static_cast<size_t>(rows * groups));
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 201) - 100.0f;
     std::vector<int8_t> x_codes(x.size());
     std::vector<int32_t> sums(x_scales.size());
@@ -157,24 +163,35 @@ void bench_shape(const Isa& isa, const Form& form, int64_t n, int64_t k, double 
     std::vector<PackedWeight> packed;
     for (int64_t c = 0; c < copies; ++c) {
       uint8_t* s = scales + static_cast<size_t>(c) * scale_bytes;
-      packed.push_back({form.kind, n, k, form.group, form.zero, form.scales_f32, codes + static_cast<size_t>(c) * code_bytes, s,
-                        form.minimums ? s : nullptr});
+      packed.push_back({form.kind, n, k, form.group, form.zero, form.scales_f32,
+                        codes + static_cast<size_t>(c) * code_bytes, s, form.minimums ? s : nullptr});
     }
     auto* scratch = static_cast<uint8_t*>(std::aligned_alloc(64, linear_scratch_bytes(packed[0])));
-    const int64_t reps = std::clamp<int64_t>(static_cast<int64_t>(2e9 / (2.0 * static_cast<double>(rows * n * k))), 1, copies);
+    const int64_t reps =
+        std::clamp<int64_t>(static_cast<int64_t>(2e9 / (2.0 * static_cast<double>(rows * n * k))), 1, copies);
     int64_t copy = 0;
-    const double seconds = best_of(7, [&] {
-                             for (int64_t r = 0; r < reps; ++r, copy = (copy + 1) % copies) {
-                               LinearArgs args{&packed[static_cast<size_t>(copy)], rows, x.data(), quantized, out.data(), n,
-                                               nullptr, nullptr, scratch};
-                               isa.linear(&args, 0, n / kPanel);
-                             }
-                           }) / static_cast<double>(reps);
+    const double seconds = best_of(7,
+                                   [&] {
+                                     for (int64_t r = 0; r < reps; ++r, copy = (copy + 1) % copies) {
+                                       LinearArgs args{&packed[static_cast<size_t>(copy)],
+                                                       rows,
+                                                       x.data(),
+                                                       quantized,
+                                                       out.data(),
+                                                       n,
+                                                       nullptr,
+                                                       nullptr,
+                                                       scratch};
+                                       isa.linear(&args, 0, n / kPanel);
+                                     }
+                                   }) /
+                           static_cast<double>(reps);
     const double gops = 2.0 * static_cast<double>(rows * n * k) / seconds / 1e9;
     const double reads = static_cast<double>(bytes) / seconds / 1e9;
-    std::printf("%-7s %-10s N %5lld K %4lld M %3lld: %9.1f us %6.0f GOP/s (%3.0f %% of int8) %5.1f GB/s (%3.0f %% of read)\n",
-                isa.name, form.name, static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(rows),
-                seconds * 1e6, gops, 100 * gops / limit, reads, 100 * reads / bandwidth);
+    std::printf(
+        "%-7s %-10s N %5lld K %4lld M %3lld: %9.1f us %6.0f GOP/s (%3.0f %% of int8) %5.1f GB/s (%3.0f %% of read)\n",
+        isa.name, form.name, static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(rows),
+        seconds * 1e6, gops, 100 * gops / limit, reads, 100 * reads / bandwidth);
     std::free(scratch);
   }
   std::free(codes);
@@ -186,8 +203,10 @@ void bench_quantize(const Isa& isa) {
   std::vector<float> x(static_cast<size_t>(rows * k), 0.5f), scales(x.size() / 32);
   std::vector<int8_t> codes(x.size());
   std::vector<int32_t> sums(scales.size());
-  const double seconds = best_of(200, [&] { isa.quantize_rows(x.data(), k, rows, k, 32, {codes.data(), scales.data(), sums.data()}); });
-  std::printf("%s quantize_rows: %.2f ns a group of 32\n", isa.name, seconds * 1e9 / static_cast<double>(rows * k / 32));
+  const double seconds =
+      best_of(200, [&] { isa.quantize_rows(x.data(), k, rows, k, 32, {codes.data(), scales.data(), sums.data()}); });
+  std::printf("%s quantize_rows: %.2f ns a group of 32\n", isa.name,
+              seconds * 1e9 / static_cast<double>(rows * k / 32));
 }
 
 // A stored form of blocks of 32 or 256 elements whose tables look like those of files.
@@ -209,8 +228,9 @@ void bench_pack(const char* name, int bits, int block_len, int low_bits, int hig
       shift_of[p].push_back(static_cast<uint8_t>(neighbours ? e * plane_bits[p] % 8 : in / run * plane_bits[p]));
     }
     data[p].assign(static_cast<size_t>(n * blocks * bytes[p]), 0x5a);
-    view.planes[p] = {data[p].data(), blocks * bytes[p], bytes[p], 1, byte_of[p].data(), shift_of[p].data(), block_len, plane_bits[p],
-                      p == 0 ? 0 : low_bits, 0};
+    view.planes[p] = {
+        data[p].data(), blocks * bytes[p],     bytes[p], 1, byte_of[p].data(), shift_of[p].data(), block_len,
+        plane_bits[p],  p == 0 ? 0 : low_bits, 0};
   }
   const int size = f32 ? 4 : 2;
   std::vector<uint8_t> scales(static_cast<size_t>(n * k / 32 * size));
@@ -251,10 +271,11 @@ int main(int argc, char** argv) {
   bench_pack("Q5_1", 5, 32, 4, 1, true, false);
   bench_pack("Q4_K", 4, 256, 4, 0, false, true);
   bench_pack("Q6_K", 6, 256, 4, 2, false, true);
-  const Form forms[] = {{"int4+min", WeightKind::kInt4, 32, 0, false, true},  {"int8", WeightKind::kInt8, 32, 128, false, false},
-                        {"int4", WeightKind::kInt4, 32, 8, false, false},     {"int4/16", WeightKind::kInt4, 16, 8, true, true},
-                        {"int8/16", WeightKind::kInt8, 16, 32, true, false},  {"f32", WeightKind::kF32, 0, 0, false, false},
-                        {"f16", WeightKind::kF16, 0, 0, false, false},        {"bf16", WeightKind::kBF16, 0, 0, false, false}};
+  const Form forms[] = {
+      {"int4+min", WeightKind::kInt4, 32, 0, false, true}, {"int8", WeightKind::kInt8, 32, 128, false, false},
+      {"int4", WeightKind::kInt4, 32, 8, false, false},    {"int4/16", WeightKind::kInt4, 16, 8, true, true},
+      {"int8/16", WeightKind::kInt8, 16, 32, true, false}, {"f32", WeightKind::kF32, 0, 0, false, false},
+      {"f16", WeightKind::kF16, 0, 0, false, false},       {"bf16", WeightKind::kBF16, 0, 0, false, false}};
   const int64_t shapes[][2] = {{3072, 576}, {576, 1536}, {960, 576}, {49152, 576}, {8192, 2048}, {2048, 8192}};
   for (const Isa& isa : isas) {
     if (wanted != isa.name) continue;
