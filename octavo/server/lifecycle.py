@@ -117,13 +117,11 @@ class HttpServer:
         # A broken file fails in both; the engine's sentence is told, and this one is not missed.
         tokenizer.add_done_callback(lambda done: done.cancelled() or done.exception())
         await self._engine.connect()
-        await asyncio.wait([tokenizer])
         try:
             capacity = await self._engine.wait_ready()
         except EngineDeadError as error:
-            tokenizer.exception()  # if both failed, the engine knows better what the file is
             raise ConfigError(error.message) from None
-        self._engine.tokenizer = tokenizer.result()
+        self._engine.tokenizer = await tokenizer
         return capacity
 
     async def wait_for(self, task: asyncio.Task[Capacity]) -> None:
