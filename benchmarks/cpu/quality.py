@@ -167,20 +167,20 @@ class SameRounding:
     differ. Two backends that round on their own agree no better than rounded with unrounded (two
     runs of the reference in other chunks: KL 2.7e-3). So the reference is given the rounding
     errors: to the input of each grouped product it adds what the contract's rounding adds to the
-    CPU backend's value of that input. Everything else it computes by itself in float32.
+    CPU backend's value of that input, and likewise to K and V, which the cache rounds to float16.
+    Everything else it computes by itself in float32.
     """
 
     def __init__(self, model: registry.Model, weights: Weights, **sizes: Any) -> None:
         """Compile both; sizes as in Stream.compile."""
         graph = model.graph
-        rounded = {
-            node.inputs[0]: weight.group
-            for node in graph.nodes
-            if isinstance(node.operator, op.Linear)
-            and isinstance(weight := weights[node.operator.weight], GroupedTensor)
-        }
-        self._groups = {f"rounded {value}": group for value, group in rounded.items()}
-        taps = {f"rounded {value}": value for value in rounded}
+        self._groups: dict[str, int | None] = {}  # None: rounded to float16
+        taps: dict[str, int] = {}
+        for node in graph.nodes:
+            values, group = _rounded_inputs(node, weights)
+            for value in values:
+                self._groups[f"rounded {value}"] = group
+                taps[f"rounded {value}"] = value
         tapped = replace(graph, outputs={**graph.outputs, **taps})
         self.cpu = Stream.compile("cpu", replace(model, graph=tapped), weights, **sizes)
         self._reference = Stream.compile(
@@ -188,6 +188,7 @@ class SameRounding:
             replace(model, graph=_add_to_inputs(graph, taps)),
             weights,
             round_activations=False,
+            cache_dtype="f32",
             **sizes,
         )
 
@@ -210,15 +211,26 @@ class SameRounding:
         return (cpu for cpu, _ in first), (reference for _, reference in second)
 
 
+def _rounded_inputs(node: Node, weights: Weights) -> tuple[tuple[int, ...], int | None]:
+    """The values that an operator rounds, and in which groups to int8, or None for float16."""
+    if isinstance(node.operator, op.PagedAttention):
+        return node.inputs[1:], None
+    if isinstance(node.operator, op.Linear):
+        weight = weights[node.operator.weight]
+        if isinstance(weight, GroupedTensor):
+            return node.inputs, weight.group
+    return (), None
+
+
 def _add_to_inputs(graph: Graph, names: Mapping[str, int]) -> Graph:
-    """The graph where a named input is added to each of the given values before a product."""
+    """The graph where a named input is added to each of the given values before it is rounded."""
     fresh = itertools.count(max(node.output for node in graph.nodes) + 1)
     name_of = {value: name for name, value in names.items()}
     sums: dict[int, int] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
-        if isinstance(node.operator, op.Linear) and node.inputs[0] in sums:
-            node = replace(node, inputs=(sums[node.inputs[0]],))
+        if isinstance(node.operator, op.Linear | op.PagedAttention):
+            node = replace(node, inputs=tuple(sums.get(i, i) for i in node.inputs))
         nodes.append(node)
         if node.output in name_of:
             error, total = next(fresh), next(fresh)
@@ -229,7 +241,9 @@ def _add_to_inputs(graph: Graph, names: Mapping[str, int]) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _rounding_error(x: Float32, group: int) -> Float32:
+def _rounding_error(x: Float32, group: int | None) -> Float32:
+    if group is None:
+        return x.astype(np.float16).astype(np.float32) - x
     codes, scales = round_to_int8(x, group)
     return (codes * scales).transpose(1, 0, 2).reshape(x.shape) - x
 

@@ -90,7 +90,7 @@ def test_cpu_equals_reference_with_the_same_rounding(
     agreements: dict[tuple[str, str], Any],
 ) -> None:
     found = agreements["same rounding", "cpu"]
-    assert found.kl <= 1e-6
+    assert found.kl <= 1e-8  # promised: 1e-6; measured: 1e-11
     assert found.same_top_share >= 0.999
 
 
