@@ -31,6 +31,7 @@ from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
     Capacity,
     EngineRequest,
+    KVPool,
     ModelOutput,
     SampledTokens,
     SamplingParams,
@@ -60,9 +61,7 @@ def make_scheduler(
         architecture="none",
         num_parameters=0,
         max_model_len=max_model_len + 1,
-        num_blocks=num_blocks,
-        block_size=BLOCK_SIZE,
-        kv_cache_bytes=0,
+        kv_pool=KVPool(num_blocks=num_blocks, block_size=BLOCK_SIZE, num_bytes=0),
         weights_bytes=0,
         vocab_size=50_000,
         backend="none",

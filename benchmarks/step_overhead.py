@@ -26,14 +26,16 @@ from octavo.types import (
     Capacity,
     EngineRequest,
     EngineUpdates,
+    KVPool,
     ModelOutput,
     SamplingParams,
     SchedulerOutput,
 )
 
 CAPACITY = Capacity(
-    model="none", architecture="none", num_parameters=0, max_model_len=4096, num_blocks=65536,
-    block_size=16, kv_cache_bytes=0, weights_bytes=0, vocab_size=50_000, backend="none",
+    model="none", architecture="none", num_parameters=0, max_model_len=4096,
+    kv_pool=KVPool(num_blocks=65536, block_size=16, num_bytes=0),
+    weights_bytes=0, vocab_size=50_000, backend="none",
 )  # fmt: skip
 KINDS = {
     "greedy": {"temperature": 0.0},
@@ -80,7 +82,7 @@ class InstantExecutor:
             InstantProgram(),
             num_rows=num_rows,
             max_model_len=CAPACITY.max_model_len,
-            block_size=CAPACITY.block_size,
+            block_size=CAPACITY.kv_pool.block_size,
             eos_token_ids=(),
         )
 

@@ -275,19 +275,20 @@ class Metrics:
 
 
 def _from_engine(stats: EngineStats, capacity: Capacity | None) -> dict[str, float]:
+    cache = stats.cache
     return {
         "octavo_requests_running": stats.num_running,
         "octavo_requests_waiting": stats.num_waiting,
-        "octavo_kv_cache_bytes": capacity.kv_cache_bytes if capacity else 0,
+        "octavo_kv_cache_bytes": capacity.kv_pool.num_bytes if capacity else 0,
         "octavo_weights_bytes": capacity.weights_bytes if capacity else 0,
-        "octavo_kv_cache_blocks": capacity.num_blocks if capacity else 0,
-        "octavo_kv_cache_blocks_used": stats.num_blocks_used,
-        "octavo_kv_cache_blocks_cached": stats.num_blocks_cached,
-        "octavo_kv_cache_usage_ratio": stats.num_blocks_used / max(1, stats.num_blocks),
+        "octavo_kv_cache_blocks": capacity.kv_pool.num_blocks if capacity else 0,
+        "octavo_kv_cache_blocks_used": cache.num_blocks_used,
+        "octavo_kv_cache_blocks_cached": cache.num_blocks_cached,
+        "octavo_kv_cache_usage_ratio": cache.num_blocks_used / max(1, cache.num_blocks),
         "octavo_prompt_tokens_total": stats.prompt_tokens,
         "octavo_generation_tokens_total": stats.generation_tokens,
-        "octavo_prefix_cache_queries_total": stats.prefix_cache_queries,
-        "octavo_prefix_cache_hits_total": stats.prefix_cache_hits,
+        "octavo_prefix_cache_queries_total": cache.num_queries,
+        "octavo_prefix_cache_hits_total": cache.num_hits,
         "octavo_preemptions_total": stats.num_preemptions,
         "octavo_engine_steps_total": stats.num_steps,
         "octavo_engine_step_seconds_total": stats.step_time_s,

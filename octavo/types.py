@@ -103,6 +103,15 @@ class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0
 
 
+class KVPool(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory that holds the K and V of all sequences."""
+
+    num_blocks: int
+    block_size: int
+    """Tokens a block."""
+    num_bytes: int
+
+
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine can hold, known once its model is loaded."""
 
@@ -110,13 +119,25 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     num_parameters: int
     max_model_len: int
-    num_blocks: int
-    block_size: int
-    kv_cache_bytes: int
+    kv_pool: KVPool
     weights_bytes: int
     vocab_size: int
     backend: str
     """Name and details for people, such as "cpu avx512 2 threads"."""
+
+
+class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV pool and its prefix cache, a snapshot."""
+
+    num_blocks: int = 0
+    num_blocks_used: int = 0
+    """Blocks that a living sequence refers to."""
+    num_blocks_cached: int = 0
+    """Free blocks whose content the prefix cache can still serve."""
+    num_queries: int = 0
+    """Prompt tokens that the prefix cache looked up."""
+    num_hits: int = 0
+    """Prompt tokens that the prefix cache served."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,18 +145,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
-    num_blocks: int = 0
-    num_blocks_used: int = 0
-    """Blocks that a living sequence refers to."""
-    num_blocks_cached: int = 0
-    """Free blocks whose content the prefix cache can still serve."""
+    cache: CacheStats = CacheStats()
     num_preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    prefix_cache_queries: int = 0
-    """Prompt tokens looked up."""
-    prefix_cache_hits: int = 0
-    """Prompt tokens served."""
     num_steps: int = 0
     step_time_s: float = 0.0
 
@@ -207,6 +220,13 @@ FromEngine = EngineProgress | EngineReady | EngineFailed | EngineUpdates | Reque
 # ---- Between the engine's client side and the server or the user --------------------------------
 
 
+class PromptUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """The length of a prompt, and how many of its tokens the prefix cache served."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
 class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
     """What is new of one sequence, as text and ids.
 
@@ -222,8 +242,7 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it; None for end-of-text and other reasons."""
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
+    usage: PromptUsage = PromptUsage()
 
 
 class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):

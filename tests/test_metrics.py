@@ -7,7 +7,7 @@ import re
 import pytest
 
 from octavo.metrics import METRICS, Metrics
-from octavo.types import Capacity, EngineStats
+from octavo.types import CacheStats, Capacity, EngineStats, KVPool
 
 NAMES = {
     "octavo_build_info": "",
@@ -50,9 +50,7 @@ def capacity() -> Capacity:
         architecture="a",
         num_parameters=1,
         max_model_len=64,
-        num_blocks=8,
-        block_size=16,
-        kv_cache_bytes=1234567,
+        kv_pool=KVPool(num_blocks=8, block_size=16, num_bytes=1234567),
         weights_bytes=42,
         vocab_size=10,
         backend="cpu",
@@ -93,14 +91,12 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
     stats = EngineStats(
         num_running=3,
         num_waiting=2,
-        num_blocks=8,
-        num_blocks_used=2,
-        num_blocks_cached=1,
+        cache=CacheStats(
+            num_blocks=8, num_blocks_used=2, num_blocks_cached=1, num_queries=90, num_hits=32
+        ),
         num_preemptions=7,
         prompt_tokens=100,
         generation_tokens=50,
-        prefix_cache_queries=90,
-        prefix_cache_hits=32,
         num_steps=11,
         step_time_s=0.25,
     )

@@ -243,7 +243,7 @@ class RequestAnswer:
             last = sequence.last
             assert last is not None and last.finish_reason is not None
             if index == 0:
-                num_cached_tokens = last.num_cached_tokens
+                num_cached_tokens = last.usage.num_cached_tokens
             outputs.append(
                 CompletionOutput(
                     index=index,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from octavo.engine.stop_strings import StopMatch, StopStringFinder
 from octavo.tokenizer.detokenizer import Detokenizer
-from octavo.types import FinishReason, OutputDelta, SamplingParams, TokenUpdate
+from octavo.types import FinishReason, OutputDelta, PromptUsage, SamplingParams, TokenUpdate
 
 if TYPE_CHECKING:  # an engine is launched before the tokenizers library is imported
     from octavo.tokenizer.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class SequenceText:
     detokenizer: Detokenizer
     finder: StopStringFinder | None
     num_tokens: int = 0
-    num_cached_tokens: int | None = None
+    usage: PromptUsage | None = None
 
 
 class RequestText:
@@ -72,8 +72,11 @@ class RequestText:
         sequence = self._sequences.get(update.index)
         if sequence is None:
             return ProcessedUpdate(None, False, not self._sequences)
-        if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = update.num_cached_tokens
+        if sequence.usage is None:
+            sequence.usage = PromptUsage(
+                num_prompt_tokens=self._num_prompt_tokens,
+                num_cached_tokens=update.num_cached_tokens,
+            )
         text, taken, match = self._decode(sequence, update)
         finish_reason: FinishReason | None = update.finish_reason
         stop_reason: str | int | None = update.stop_token_id
@@ -89,8 +92,7 @@ class RequestText:
             logprobs=update.logprobs[:taken],
             finish_reason=finish_reason,
             stop_reason=stop_reason,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=sequence.num_cached_tokens,
+            usage=sequence.usage,
         )
         is_stopped_here = match is not None and update.finish_reason is None
         return ProcessedUpdate(delta, is_stopped_here, not self._sequences)

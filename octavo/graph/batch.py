@@ -42,21 +42,8 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingRows:
-    """How to sample each of the S rows of the logits.
-
-    Order: bias, penalties, temperature, top_k, top_p, min_p, noise.
-
-    (token ids and counts of a row lie in a flat array, row s owning start[s] to start[s + 1].)
-
-    The sample of a row is argmax(logits / temperature + Gumbel(seed, index, position, token)) over
-    the tokens that the filters leave; greedy (temperature 0) is argmax(logits), the lowest id of
-    equals.
-
-    The noise, all in uint64 with wrap-around: mix(z) is splitmix64's finalizer (z ^= z >> 30; z *=
-    0xBF58476D1CE4E5B9; z ^= z >> 27; z *= 0x94D049BB133111EB; z ^= z >> 31); key =
-    mix(mix(mix(seed + C) ^ index) ^ position + C) with C = 0x9E3779B97F4A7C15; u = ((mix(key + C *
-    (token + 1)) >> 40) + 0.5) / 2**24; noise = -log(-log(u)).
+class Filters:
+    """Temperature and what a row may choose from.
 
     top_p and min_p look at softmax(logits / temperature) after top_k; top_p keeps the most
     probable tokens, the lower id first among equals, until their sum reaches it, at least one.
@@ -65,33 +52,88 @@ class SamplingRows:
         temperature: [S] float32, 0 is greedy.
         top_k: [S] int32, 0 keeps all.
         top_p, min_p: [S] float32; 1 and 0 keep all.
-        seed: [S] uint64. index: [S] int32, the sequence's index in its request. position: [S]
-            int32, of the token to be sampled.
-        repetition, presence, frequency: [S] float32 penalties; 1, 0, 0 change nothing.
-        seen_start: [S + 1] int32; seen_ids, seen_counts: tokens of prompt and output with their
-            count in the output. Rows without penalties own none.
-        bias_start: [S + 1] int32; bias_ids int32, bias_values float32: added to the logits; -inf
-            bans a token.
-        num_logprobs: [S] int32; -1: none wanted, 0: of the sampled token, k: and of the k most
-            probable ones.
     """
 
     temperature: Float32
     top_k: Int32
     top_p: Float32
     min_p: Float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """What the noise of a row is a pure function of, beside the token.
+
+    All in uint64 with wrap-around: mix(z) is splitmix64's finalizer (z ^= z >> 30; z *=
+    0xBF58476D1CE4E5B9; z ^= z >> 27; z *= 0x94D049BB133111EB; z ^= z >> 31); key =
+    mix(mix(mix(seed + C) ^ index) ^ position + C) with C = 0x9E3779B97F4A7C15; u = ((mix(key + C *
+    (token + 1)) >> 40) + 0.5) / 2**24; noise = -log(-log(u)).
+
+    Attributes:
+        seed: [S] uint64.
+        index: [S] int32, the sequence's index in its request.
+        position: [S] int32, of the token to be sampled.
+    """
+
     seed: NDArray[np.uint64]
     index: Int32
     position: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalties:
+    """The penalties of a row and the tokens that they apply to.
+
+    Attributes:
+        repetition, presence, frequency: [S] float32; 1, 0, 0 change nothing.
+        start: [S + 1] int32, row s owning token_ids and counts start[s] to start[s + 1].
+        token_ids, counts: int32, tokens of prompt and output with their count in the output. Rows
+            without penalties own none.
+    """
+
     repetition: Float32
     presence: Float32
     frequency: Float32
-    seen_start: Int32
-    seen_ids: Int32
-    seen_counts: Int32
-    bias_start: Int32
-    bias_ids: Int32
-    bias_values: Float32
+    start: Int32
+    token_ids: Int32
+    counts: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bias:
+    """What is added to the logits of some tokens.
+
+    Attributes:
+        start: [S + 1] int32, row s owning token_ids and values start[s] to start[s + 1].
+        token_ids: int32.
+        values: float32, added to the logits; -inf bans a token.
+    """
+
+    start: Int32
+    token_ids: Int32
+    values: Float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRows:
+    """How to sample each of the S rows of the logits.
+
+    Order: bias, penalties, temperature, top_k, top_p, min_p, noise.
+
+    The sample of a row is argmax(logits / temperature + Gumbel(seed, index, position, token)) over
+    the tokens that the filters leave; greedy (temperature 0) is argmax(logits), the lowest id of
+    equals.
+
+    Attributes:
+        filters, noise, penalties, bias: as these records say.
+        num_logprobs: [S] int32; -1: none wanted, 0: of the sampled token, k: and of the k most
+            probable ones.
+    """
+
+    filters: Filters
+    noise: Noise
+    penalties: Penalties
+    bias: Bias
     num_logprobs: Int32
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from octavo.config import EngineConfig
 from octavo.runner.loading import PhaseProgress, load
 from octavo.runner.runner import Runner
-from octavo.types import Capacity, ModelOutput, SchedulerOutput
+from octavo.types import Capacity, KVPool, ModelOutput, SchedulerOutput
 
 
 class InProcessExecutor:
@@ -57,9 +57,11 @@ class InProcessExecutor:
             architecture=loaded.architecture,
             num_parameters=loaded.num_parameters,
             max_model_len=loaded.max_model_len,
-            num_blocks=loaded.num_blocks,
-            block_size=config.block_size,
-            kv_cache_bytes=loaded.num_blocks * program.block_bytes(),
+            kv_pool=KVPool(
+                num_blocks=loaded.num_blocks,
+                block_size=config.block_size,
+                num_bytes=loaded.num_blocks * program.block_bytes(),
+            ),
             weights_bytes=program.weights_bytes,
             vocab_size=loaded.vocab_size,
             backend=program.description,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.graph.batch import Float32, Int32, SamplingRows
+from octavo.graph.batch import Bias, Filters, Float32, Int32, Noise, Penalties, SamplingRows
 from octavo.runner.batch import SampledRows
 from octavo.types import NewSequence
 
@@ -47,8 +47,8 @@ class SeenTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Bias:
-    """What is added to the logits of some tokens, each id once."""
+class RowBias:
+    """What is added to the logits of some tokens of one row, each id once."""
 
     ids: Int32
     values: Float32
@@ -59,9 +59,9 @@ class RowHistory:
     """What one row with penalties or biases needs beyond its numbers."""
 
     seen: SeenTokens | None
-    bias: Bias | None
+    bias: RowBias | None
     """The user's logit_bias."""
-    banned: Bias | None
+    banned: RowBias | None
     """The same with every token that would end the sequence at -inf."""
     first_free_position: int
     """From this position on a token may end the sequence."""
@@ -108,24 +108,18 @@ class SamplerTable:
         temperature, top_p, min_p, repetition, presence, frequency = self._floats.take(rows, axis=1)
         top_k, index, num_logprobs = self._ints.take(rows, axis=1)
         seen_start, seen_ids, seen_counts = self._seen(rows)
-        bias_start, bias_ids, bias_values = self._biases(sampled)
         return SamplingRows(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=self._seeds[rows],
-            index=index,
-            position=sampled.positions,
-            repetition=repetition,
-            presence=presence,
-            frequency=frequency,
-            seen_start=seen_start,
-            seen_ids=seen_ids,
-            seen_counts=seen_counts,
-            bias_start=bias_start,
-            bias_ids=bias_ids,
-            bias_values=bias_values,
+            filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+            noise=Noise(seed=self._seeds[rows], index=index, position=sampled.positions),
+            penalties=Penalties(
+                repetition=repetition,
+                presence=presence,
+                frequency=frequency,
+                start=seen_start,
+                token_ids=seen_ids,
+                counts=seen_counts,
+            ),
+            bias=self._biases(sampled),
             num_logprobs=num_logprobs,
         )
 
@@ -153,7 +147,7 @@ class SamplerTable:
             np.cumsum(start, out=start)
         return start, _joined(ids), _joined(counts)
 
-    def _biases(self, sampled: SampledRows) -> tuple[Int32, Int32, Float32]:
+    def _biases(self, sampled: SampledRows) -> Bias:
         start = np.zeros(len(sampled.rows) + 1, np.int32)
         ids: list[Int32] = []
         values: list[Float32] = []
@@ -171,7 +165,7 @@ class SamplerTable:
                     start[place + 1] = len(bias.ids)
             np.cumsum(start, out=start)
         floats: Float32 = np.concatenate(values) if values else np.zeros(0, np.float32)
-        return start, _joined(ids), floats
+        return Bias(start=start, token_ids=_joined(ids), values=floats)
 
 
 def _joined(parts: list[Int32]) -> Int32:
@@ -199,10 +193,10 @@ def _history(sequence: NewSequence, eos_token_ids: frozenset[int]) -> RowHistory
     return RowHistory(seen, bias, banned, sequence.num_prompt_tokens + params.min_tokens)
 
 
-def _bias(values: dict[int, float]) -> Bias | None:
+def _bias(values: dict[int, float]) -> RowBias | None:
     if not values:
         return None
-    return Bias(
+    return RowBias(
         np.fromiter(values.keys(), np.int32, len(values)),
         np.fromiter(values.values(), np.float32, len(values)),
     )

@@ -14,8 +14,8 @@ class RequestLimits:
     def __init__(self, capacity: Capacity) -> None:
         """Keep the bounds."""
         self._max_model_len = capacity.max_model_len
-        self._num_blocks = capacity.num_blocks
-        self._block_size = capacity.block_size
+        self._num_blocks = capacity.kv_pool.num_blocks
+        self._block_size = capacity.kv_pool.block_size
 
     def max_num_tokens(self, request: EngineRequest) -> int:
         """How long a sequence of the request may become, prompt and output."""

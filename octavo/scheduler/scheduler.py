@@ -30,6 +30,7 @@ from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.waiting import DrainRate, RankedList
 from octavo.types import (
+    CacheStats,
     Capacity,
     EngineRequest,
     EngineStats,
@@ -84,12 +85,11 @@ class Scheduler:
             eos_token_ids: tokens that end a sequence unless its request ignores them.
         """
         self._config = config
-        self._block_size = capacity.block_size
+        pool = capacity.kv_pool
+        self._block_size = pool.block_size
         self._limits = RequestLimits(capacity)
         self._eos_token_ids = eos_token_ids
-        self._cache = KVCacheManager(
-            capacity.num_blocks, capacity.block_size, config.use_prefix_cache
-        )
+        self._cache = KVCacheManager(pool.num_blocks, pool.block_size, config.use_prefix_cache)
         self._requests: dict[str, Request] = {}
         self._waiting = RankedList()
         self._shares = PromptShares()
@@ -167,17 +167,20 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
         num_running = len(self._running) - len(self._aborted_in_flight)
-        return EngineStats(
-            num_running=num_running,
-            num_waiting=self._num_alive_sequences - num_running,
+        cache = CacheStats(
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
             num_blocks_cached=self._cache.num_cached_idle_blocks,
+            num_queries=self._cache.num_queried_tokens,
+            num_hits=self._cache.num_hit_tokens,
+        )
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=self._num_alive_sequences - num_running,
+            cache=cache,
             num_preemptions=self._num_preemptions,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
-            prefix_cache_queries=self._cache.num_queried_tokens,
-            prefix_cache_hits=self._cache.num_hit_tokens,
         )
 
     def check_invariants(self) -> None:

@@ -105,7 +105,7 @@ class Generation:
         )
         async with aclosing(cast("AsyncGenerator[OutputDelta]", answer)) as deltas:
             async for delta in deltas:
-                self._cached[number] = delta.num_cached_tokens
+                self._cached[number] = delta.usage.num_cached_tokens
                 if first == 0:
                     yield delta
                     continue

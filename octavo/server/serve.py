@@ -125,7 +125,7 @@ def greeting(options: ServerOptions, capacity: Capacity, listener: socket.socket
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     return (
         f"Octavo serves {name} at {url} ({capacity.backend}; context "
-        f"{capacity.max_model_len} tokens; KV cache {capacity.kv_cache_bytes / 2**20:.0f} MiB)\n"
+        f"{capacity.max_model_len} tokens; KV cache {capacity.kv_pool.num_bytes / 2**20:.0f} MiB)\n"
         "Try it:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d {shlex.quote(body)}\n"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from octavo.backends import cpu, reference
 from octavo.backends.cpu import _native
 from octavo.backends.program import CompileOptions, Program
-from octavo.graph.batch import Batch, Float32, SamplingRows
+from octavo.graph.batch import Batch, Bias, Filters, Float32, Noise, Penalties, SamplingRows
 from octavo.graph.tensors import DenseTensor, GroupedTensor, Plane, StoredTensor
 from octavo.graph.trace import Graph, Ops, Value
 
@@ -140,15 +140,25 @@ class Kit:
             kind: type = np.uint64 if name == "seed" else np.int32 if name in whole else np.float32
             value = changes.pop(name, default)
             arrays[name] = np.ascontiguousarray(np.broadcast_to(np.asarray(value, kind), count))
-        for name in ("seen", "bias"):
-            lists = changes.pop(name, [{}] * count)
-            second = "seen_counts" if name == "seen" else "bias_values"
-            kind = np.int32 if name == "seen" else np.float32
-            arrays[f"{name}_start"] = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-            arrays[f"{name}_ids"] = np.array([i for d in lists for i in d], np.int32)
-            arrays[second] = np.array([v for d in lists for v in d.values()], kind)
+        lists: dict[str, dict[str, Any]] = {}
+        for name, second, kind in (("seen", "counts", np.int32), ("bias", "values", np.float32)):
+            given = changes.pop(name, [{}] * count)
+            lists[name] = {
+                "start": np.cumsum([0, *map(len, given)], dtype=np.int32),
+                "token_ids": np.array([i for d in given for i in d], np.int32),
+                second: np.array([v for d in given for v in d.values()], kind),
+            }
         assert not changes
-        return SamplingRows(**arrays)
+        num_logprobs = arrays.pop("num_logprobs")
+        return SamplingRows(
+            filters=Filters(**{n: arrays[n] for n in ("temperature", "top_k", "top_p", "min_p")}),
+            noise=Noise(**{n: arrays[n] for n in ("seed", "index", "position")}),
+            penalties=Penalties(
+                **{n: arrays[n] for n in ("repetition", "presence", "frequency")}, **lists["seen"]
+            ),
+            bias=Bias(**lists["bias"]),
+            num_logprobs=num_logprobs,
+        )
 
     @staticmethod
     def graph(build: Callable[[Ops], Value]) -> Graph:

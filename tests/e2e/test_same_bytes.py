@@ -81,7 +81,7 @@ def run(
                 alive[key[0]] -= 1
                 if alive[key[0]] == 0:
                     del alive[key[0]]
-    assert core.stats().num_blocks_used == 0
+    assert core.stats().cache.num_blocks_used == 0
     return answers
 
 
@@ -105,7 +105,7 @@ def alone(path: Path, requests: Sequence[EngineRequest]) -> Answers:
     [answers], stats = answers_of(
         path, requests, at_once=1, use_prefix_cache=False, max_num_batched_tokens=512
     )
-    assert stats.num_preemptions == stats.prefix_cache_hits == 0
+    assert stats.num_preemptions == stats.cache.num_hits == 0
     return answers
 
 
@@ -216,7 +216,7 @@ def test_a_warm_prefix_cache_and_any_threads(
         tiny_path, tiny_requests, times=2, block_size=block_size, num_threads=threads
     )
     assert cold == warm == tiny_alone
-    assert stats.prefix_cache_hits > 0
+    assert stats.cache.num_hits > 0
 
 
 @pytest.mark.parametrize("chunk", [5, 64])

@@ -91,7 +91,7 @@ def test_a_life_of_an_engine(tiny_config: MakeConfig, tiny_tokenizer: Tokenizer)
 
         many = await asyncio.gather(*(collect(engine, [1, 2, 3], GREEDY) for _ in range(5)))
         assert [[i for d in one for i in d.token_ids] for one in many] == [ids] * 5
-        await until(lambda: engine.stats.num_blocks_used == 0)
+        await until(lambda: engine.stats.cache.num_blocks_used == 0)
         assert engine.num_requests == 0
 
     with_engine(tiny_config(), tiny_tokenizer, use)
@@ -111,7 +111,7 @@ def test_n_sequences_and_a_stop_string(tiny_config: MakeConfig, tiny_tokenizer: 
         assert "".join(d.text for d in stopped) == texts[0][: texts[0].index(stop)]
         assert (stopped[-1].finish_reason, stopped[-1].stop_reason) == ("stop", stop)
         assert sum(len(d.token_ids) for d in stopped) == sum(len(d.logprobs) for d in stopped)
-        await until(lambda: engine.stats.num_blocks_used == 0)
+        await until(lambda: engine.stats.cache.num_blocks_used == 0)
         assert engine.stats.generation_tokens < 400
 
     with_engine(tiny_config(), tiny_tokenizer, use)
@@ -124,14 +124,14 @@ def test_leaving_frees_the_blocks(tiny_config: MakeConfig, tiny_tokenizer: Token
         await anext(stream)
         assert engine.stats.num_running == 1
         await stream.aclose()  # type: ignore[attr-defined]
-        await until(lambda: engine.stats.num_blocks_used == 0)
+        await until(lambda: engine.stats.cache.num_blocks_used == 0)
 
         task = asyncio.create_task(collect(engine, [1], long, "cancelled"))
         await until(lambda: engine.stats.num_running == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: engine.stats.num_blocks_used == 0)
+        await until(lambda: engine.stats.cache.num_blocks_used == 0)
         assert engine.num_requests == 0
         assert len(await collect(engine, [1], GREEDY)) > 0
 
@@ -160,7 +160,7 @@ def test_many_that_leave_at_any_moment_leave_nothing(
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert any(isinstance(result, asyncio.CancelledError) for result in results)
         assert engine.num_requests == 0
-        await until(lambda: engine.stats.num_blocks_used == 0)
+        await until(lambda: engine.stats.cache.num_blocks_used == 0)
         assert engine.stats.num_running == engine.stats.num_waiting == 0
         answer = await collect(engine, [1, 2, 3], GREEDY)
         assert sum(len(d.token_ids) for d in answer) == 8

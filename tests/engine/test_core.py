@@ -13,6 +13,7 @@ from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
     Capacity,
     EngineRequest,
+    KVPool,
     ModelOutput,
     SampledTokens,
     SamplingParams,
@@ -20,8 +21,9 @@ from octavo.types import (
 )
 
 CAPACITY = Capacity(
-    model="m", architecture="A", num_parameters=1, max_model_len=64, num_blocks=8, block_size=16,
-    kv_cache_bytes=1, weights_bytes=1, vocab_size=100, backend="fake",
+    model="m", architecture="A", num_parameters=1, max_model_len=64,
+    kv_pool=KVPool(num_blocks=8, block_size=16, num_bytes=1),
+    weights_bytes=1, vocab_size=100, backend="fake",
 )  # fmt: skip
 CONFIG = EngineConfig(model="m", served_name="m", memory_bytes=1, num_threads=1)
 
@@ -79,7 +81,7 @@ def test_steps_until_there_is_no_work() -> None:
     assert [(u.token_ids, u.finish_reason) for u in updates] == [((5,), None), ((5,), "length")]
     stats = core.stats()
     assert (stats.num_steps, stats.step_time_s) == (2, 2.0)
-    assert stats.num_blocks_used == 0
+    assert stats.cache.num_blocks_used == 0
     assert len(executor.plans) == 2
     core.close()
     assert executor.is_closed
@@ -89,11 +91,11 @@ def test_an_aborted_request_leaves_nothing() -> None:
     core, _ = make_core()
     core.add(request("a", max_tokens=50))
     core.step()
-    assert core.stats().num_blocks_used == 1
+    assert core.stats().cache.num_blocks_used == 1
     assert [u.finish_reason for u in core.abort("a")] == ["abort"]
     assert core.abort("a") == core.abort("nobody") == []
     assert not core.has_work()
-    assert core.stats().num_blocks_used == 0
+    assert core.stats().cache.num_blocks_used == 0
 
 
 def test_a_refused_request_changes_nothing() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from octavo.engine.delta_queue import DeltaQueue
 from octavo.errors import EngineDeadError
-from octavo.types import OutputDelta, TokenLogprob
+from octavo.types import OutputDelta, PromptUsage, TokenLogprob
 
 
 def delta(index: int, token_id: int, finish: bool = False) -> OutputDelta:
@@ -19,7 +19,7 @@ def delta(index: int, token_id: int, finish: bool = False) -> OutputDelta:
         token_ids=(token_id,),
         logprobs=(TokenLogprob(token_id, -1.0),),
         finish_reason="length" if finish else None,
-        num_prompt_tokens=3,
+        usage=PromptUsage(num_prompt_tokens=3),
     )
 
 
@@ -44,7 +44,7 @@ def test_a_slow_consumer_gets_them_merged_by_sequence() -> None:
         assert (second.index, second.text, second.token_ids) == (1, "<1><3>", (1, 3))
         assert second.finish_reason == "length"
         assert [entry.token_id for entry in second.logprobs] == [1, 3]
-        assert second.num_prompt_tokens == 3
+        assert second.usage.num_prompt_tokens == 3
 
     asyncio.run(run())
 

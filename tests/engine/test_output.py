@@ -68,7 +68,7 @@ def test_the_stream_is_the_whole(
     assert ids_of(deltas) == ids
     assert [d.finish_reason for d in deltas[:-1]] == [None] * (len(deltas) - 1)
     assert deltas[-1].finish_reason == "length"
-    assert {(d.num_prompt_tokens, d.num_cached_tokens) for d in deltas} == {(3, 2)}
+    assert {(d.usage.num_prompt_tokens, d.usage.num_cached_tokens) for d in deltas} == {(3, 2)}
 
 
 def test_half_a_character_is_held_back(tiny_tokenizer: Tokenizer) -> None:

@@ -28,6 +28,7 @@ from octavo.types import (
     EngineStats,
     EngineUpdates,
     FromEngine,
+    KVPool,
     RequestRejected,
     SamplingParams,
     StartEngine,
@@ -36,8 +37,9 @@ from octavo.types import (
 )
 
 CAPACITY = Capacity(
-    model="m", architecture="A", num_parameters=1, max_model_len=64, num_blocks=8, block_size=16,
-    kv_cache_bytes=1, weights_bytes=1, vocab_size=100, backend="fake",
+    model="m", architecture="A", num_parameters=1, max_model_len=64,
+    kv_pool=KVPool(num_blocks=8, block_size=16, num_bytes=1),
+    weights_bytes=1, vocab_size=100, backend="fake",
 )  # fmt: skip
 CONFIG = EngineConfig(model="m", served_name="m", memory_bytes=1, num_threads=1)
 START = StartEngine(config=msgspec.to_builtins(CONFIG))

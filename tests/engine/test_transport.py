@@ -24,6 +24,7 @@ from octavo.engine.transport import (
 from octavo.types import (
     AbortRequest,
     AddRequest,
+    CacheStats,
     Capacity,
     EngineFailed,
     EngineProgress,
@@ -32,6 +33,7 @@ from octavo.types import (
     EngineStats,
     EngineUpdates,
     FromEngine,
+    KVPool,
     RequestRejected,
     SamplingParams,
     StartEngine,
@@ -61,12 +63,16 @@ FROM_ENGINE: list[FromEngine] = [
     EngineProgress(phase="weights", fraction=0.5),
     EngineReady(
         capacity=Capacity(
-            model="m", architecture="A", num_parameters=1, max_model_len=2, num_blocks=3,
-            block_size=16, kv_cache_bytes=4, weights_bytes=5, vocab_size=6, backend="cpu",
+            model="m", architecture="A", num_parameters=1, max_model_len=2,
+            kv_pool=KVPool(num_blocks=3, block_size=16, num_bytes=4),
+            weights_bytes=5, vocab_size=6, backend="cpu",
         )
     ),
     EngineFailed(message="no"),
-    EngineUpdates(updates=[UPDATE, TokenUpdate("b", 1)], stats=EngineStats(num_steps=1)),
+    EngineUpdates(
+        updates=[UPDATE, TokenUpdate("b", 1)],
+        stats=EngineStats(cache=CacheStats(num_blocks=3, num_hits=2), num_steps=1),
+    ),
     RequestRejected(request_id="a", error="OverloadedError", message="full", retry_after_s=2.5),
 ]  # fmt: skip
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from octavo.engine.validation import complete_request, validate_params
 from octavo.errors import ContextLengthError, InvalidRequestError
-from octavo.types import Capacity, SamplingParams
+from octavo.types import Capacity, KVPool, SamplingParams
 
 VOCAB = 1000
 CAPACITY = Capacity(
-    model="m", architecture="A", num_parameters=1, max_model_len=64, num_blocks=8, block_size=16,
-    kv_cache_bytes=1, weights_bytes=1, vocab_size=VOCAB, backend="cpu",
+    model="m", architecture="A", num_parameters=1, max_model_len=64,
+    kv_pool=KVPool(num_blocks=8, block_size=16, num_bytes=1),
+    weights_bytes=1, vocab_size=VOCAB, backend="cpu",
 )  # fmt: skip
 
 GOOD: list[tuple[str, list[Any]]] = [

@@ -39,15 +39,17 @@ def at(rows: list[int], positions: list[int]) -> SampledRows:
 
 
 def seen_of(rows: SamplingRows, place: int) -> dict[int, int]:
-    part = slice(rows.seen_start[place], rows.seen_start[place + 1])
-    ids = rows.seen_ids[part].tolist()
+    penalties = rows.penalties
+    part = slice(penalties.start[place], penalties.start[place + 1])
+    ids = penalties.token_ids[part].tolist()
     assert len(ids) == len(set(ids))
-    return dict(zip(ids, rows.seen_counts[part].tolist(), strict=True))
+    return dict(zip(ids, penalties.counts[part].tolist(), strict=True))
 
 
 def bias_of(rows: SamplingRows, place: int) -> dict[int, float]:
-    part = slice(rows.bias_start[place], rows.bias_start[place + 1])
-    return dict(zip(rows.bias_ids[part].tolist(), rows.bias_values[part].tolist(), strict=True))
+    bias = rows.bias
+    part = slice(bias.start[place], bias.start[place + 1])
+    return dict(zip(bias.token_ids[part].tolist(), bias.values[part].tolist(), strict=True))
 
 
 def test_numbers_of_each_row() -> None:
@@ -58,23 +60,25 @@ def test_numbers_of_each_row() -> None:
     insert(table, 2, first, [1], index=5)
     insert(table, 0, SamplingParams(temperature=0, top_k=40, seed=-1), [1, 2])
     rows = table.build(at([2, 0], [1, 2]))
-    assert rows.temperature.tolist() == [0.5, 0]
-    assert rows.top_k.tolist() == [0, 40]
-    assert rows.top_p.tolist() == [np.float32(0.9), 1]
-    assert rows.min_p.tolist() == [0.25, 0]
-    assert rows.seed.tolist() == [2**64 - 1, 2**64 - 1]
-    assert rows.index.tolist() == [5, 0]
-    assert rows.position.tolist() == [1, 2]
+    assert rows.filters.temperature.tolist() == [0.5, 0]
+    assert rows.filters.top_k.tolist() == [0, 40]
+    assert rows.filters.top_p.tolist() == [np.float32(0.9), 1]
+    assert rows.filters.min_p.tolist() == [0.25, 0]
+    assert rows.noise.seed.tolist() == [2**64 - 1, 2**64 - 1]
+    assert rows.noise.index.tolist() == [5, 0]
+    assert rows.noise.position.tolist() == [1, 2]
     assert rows.num_logprobs.tolist() == [3, -1]
-    assert rows.seen_start.tolist() == rows.bias_start.tolist() == [0, 0, 0]
-    for name in rows.__slots__:
-        assert getattr(rows, name).flags.c_contiguous, name
+    assert rows.penalties.start.tolist() == rows.bias.start.tolist() == [0, 0, 0]
+    assert rows.num_logprobs.flags.c_contiguous
+    for part in (rows.filters, rows.noise, rows.penalties, rows.bias):
+        for name in part.__slots__:
+            assert getattr(part, name).flags.c_contiguous, name
 
 
 def test_a_temperature_that_float32_cannot_divide_by_is_greedy() -> None:
     table = SamplerTable(1, [])
     insert(table, 0, SamplingParams(temperature=1e-30), [1])
-    assert table.build(at([0], [1])).temperature.tolist() == [0]
+    assert table.build(at([0], [1])).filters.temperature.tolist() == [0]
 
 
 def test_penalties_count_output_and_know_the_prompt() -> None:

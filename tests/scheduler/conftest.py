@@ -12,6 +12,7 @@ from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
     Capacity,
     EngineRequest,
+    KVPool,
     ModelOutput,
     NewSequence,
     SampledTokens,
@@ -165,9 +166,7 @@ class World:
             architecture="fake",
             num_parameters=0,
             max_model_len=max_model_len,
-            num_blocks=num_blocks,
-            block_size=self.config.block_size,
-            kv_cache_bytes=0,
+            kv_pool=KVPool(num_blocks=num_blocks, block_size=self.config.block_size, num_bytes=0),
             weights_bytes=0,
             vocab_size=VOCAB_SIZE,
             backend="fake",
@@ -235,7 +234,7 @@ class World:
             self.step()
         assert not self.scheduler.has_work(), f"still at work after {max_steps} steps"
         stats = self.scheduler.stats()
-        assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
+        assert (stats.num_running, stats.num_waiting, stats.cache.num_blocks_used) == (0, 0, 0)
 
     def output(self, request_id: str, index: int = 0) -> list[int]:
         """All tokens that a sequence was given so far."""

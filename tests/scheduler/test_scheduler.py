@@ -222,7 +222,7 @@ def test_an_abort_frees_blocks_and_row_at_once(make_world: MakeWorld) -> None:
     (update,) = world.abort("request-1")
     assert (update.finish_reason, update.token_ids) == ("abort", ())
     assert not world.scheduler.has_work()
-    assert world.scheduler.stats().num_blocks_used == 0
+    assert world.scheduler.stats().cache.num_blocks_used == 0
     assert world.abort("request-1") == [], "it has ended already, which is no fault"
     world.add([6], name="request-1")
     assert world.schedule().finished_rows == (0,)
@@ -235,10 +235,10 @@ def test_an_abort_in_flight_keeps_the_blocks_until_the_step_returns(make_world: 
     world.add([6] * 10)
     world.schedule()
     assert len(world.abort("request-1")) == 1
-    assert world.scheduler.stats().num_blocks_used == 6
+    assert world.scheduler.stats().cache.num_blocks_used == 6
     assert world.scheduler.stats().num_running == 1
     assert {update.request_id for update in world.finish_step()} == {"request-2"}
-    assert world.scheduler.stats().num_blocks_used == 3
+    assert world.scheduler.stats().cache.num_blocks_used == 3
     world.drain()
 
 
@@ -262,7 +262,7 @@ def test_siblings_wait_for_the_first_and_share_its_prompt(make_world: MakeWorld)
     plan = world.schedule()
     assert sorted(chunks(plan).values()) == [1, 2, 2], "two tokens behind the shared full blocks"
     world.finish_step()
-    assert world.scheduler.stats().num_blocks_used == 2 + 3 * 1
+    assert world.scheduler.stats().cache.num_blocks_used == 2 + 3 * 1
     world.drain()
     assert len({tuple(world.output("request-1", index)) for index in range(3)}) == 3
     assert {update.num_cached_tokens for update in world.updates} == {0}, "it was not cached before"
@@ -300,7 +300,7 @@ def test_the_first_update_says_how_many_tokens_were_cached(make_world: MakeWorld
     assert cached == [0, 0, 0, 0, 8, 0, 0, 0]
     assert world.output("request-1") == world.output("request-2")
     stats = world.scheduler.stats()
-    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (22, 8)
+    assert (stats.cache.num_queries, stats.cache.num_hits) == (22, 8)
     assert (stats.prompt_tokens, stats.generation_tokens) == (22, 8)
 
 

@@ -117,7 +117,7 @@ class Histories(RuleBasedStateMachine):
     def reset_prefix_cache(self) -> None:
         self.scheduler.reset_prefix_cache()
         self.scheduler.check_invariants()
-        assert self.scheduler.stats().num_blocks_cached == 0
+        assert self.scheduler.stats().cache.num_blocks_cached == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
@@ -158,7 +158,7 @@ class Histories(RuleBasedStateMachine):
 
     def _fits(self, request: EngineRequest) -> bool:
         capacity = self.world.capacity
-        num_slots = capacity.num_blocks * capacity.block_size
+        num_slots = capacity.kv_pool.num_blocks * capacity.kv_pool.block_size
         has_room = len(request.prompt_ids) < capacity.max_model_len
         return has_room and self._max_len(request) - 1 <= num_slots
 

@@ -18,11 +18,21 @@ import msgspec
 
 from octavo.config import EngineConfig
 from octavo.engine.validation import complete_request
-from octavo.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from octavo.errors import EngineDeadError, InvalidRequestError, ModelFileError, OverloadedError
 from octavo.server.lifecycle import serve
 from octavo.server.options import Limits, ServerOptions
 from octavo.server.serve import bind
-from octavo.types import Capacity, EngineStats, OutputDelta, SamplingParams, Span, TokenLogprob
+from octavo.types import (
+    CacheStats,
+    Capacity,
+    EngineStats,
+    KVPool,
+    OutputDelta,
+    PromptUsage,
+    SamplingParams,
+    Span,
+    TokenLogprob,
+)
 
 FIRST_BYTE = 3
 BLOCK_SIZE = 16
@@ -52,7 +62,9 @@ class FakeTokenizer:
     def __init__(self, *, has_template: bool = True) -> None:
         self.chat_template = FakeTemplate() if has_template else None
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
         ids = [b + FIRST_BYTE for b in text.encode()]
         return [1, *ids] if add_special_tokens else ids
 
@@ -86,8 +98,10 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._running),
-            num_blocks=1000,
-            num_blocks_used=sum(n // BLOCK_SIZE + 1 for n in self._running.values()),
+            cache=CacheStats(
+                num_blocks=1000,
+                num_blocks_used=sum(n // BLOCK_SIZE + 1 for n in self._running.values()),
+            ),
             num_steps=self._num_steps,
             generation_tokens=self._num_steps,
             prompt_tokens=self._num_prompt,
@@ -105,9 +119,7 @@ class FakeEngine:
             architecture="fake",
             num_parameters=0,
             max_model_len=self._max_model_len,
-            num_blocks=1000,
-            block_size=BLOCK_SIZE,
-            kv_cache_bytes=123456,
+            kv_pool=KVPool(num_blocks=1000, block_size=BLOCK_SIZE, num_bytes=123456),
             weights_bytes=0,
             vocab_size=256 + FIRST_BYTE,
             backend="fake",
@@ -144,8 +156,7 @@ class FakeEngine:
                 yield msgspec.structs.replace(
                     delta,
                     request_id=request_id,
-                    num_prompt_tokens=len(prompt_ids),
-                    num_cached_tokens=cached,
+                    usage=PromptUsage(num_prompt_tokens=len(prompt_ids), num_cached_tokens=cached),
                 )
         finally:
             del self._running[request_id]
@@ -192,10 +203,17 @@ def main() -> None:
         load_failure=settings.pop("load_failure", None),
     )
     has_template = settings.pop("has_template", True)
+    tokenizer_failure = settings.pop("tokenizer_failure", None)
     config = EngineConfig(model="x", served_name="fake", memory_bytes=1, num_threads=1)
     options = ServerOptions(
         engine=config, port=0, limits=limits, **msgspec.convert(settings, dict[str, object])
     )
+
+    def load_tokenizer() -> FakeTokenizer:
+        if tokenizer_failure:
+            raise ModelFileError(tokenizer_failure)
+        return FakeTokenizer(has_template=has_template)
+
     listener = bind(options.host, options.port)
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
@@ -205,7 +223,7 @@ def main() -> None:
             options,
             engine,  # type: ignore[arg-type]
             listener,
-            load_tokenizer=lambda: FakeTokenizer(has_template=has_template),  # type: ignore[arg-type,return-value]
+            load_tokenizer=load_tokenizer,  # type: ignore[arg-type]
             on_ready=lambda capacity: None,
         )
     )

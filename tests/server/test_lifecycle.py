@@ -16,7 +16,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.server.options import ServerOptions
 from octavo.server.serve import bind, greeting
-from octavo.types import Capacity
+from octavo.types import Capacity, KVPool
 
 
 def stream_text(server, prompt: str, max_tokens: int, out: list[str]) -> threading.Thread:
@@ -56,6 +56,19 @@ def test_a_model_that_cannot_be_loaded(start_server) -> None:
     code, errors = server.wait()
     assert code != 0
     assert errors.splitlines()[-1].endswith("the file is cut off; fetch it again")
+
+
+def test_a_tokenizer_that_cannot_be_loaded(start_server) -> None:
+    server = start_server(is_ready=False, tokenizer_failure="there is no vocabulary")
+    code, errors = server.wait()
+    assert code != 0
+    assert errors.splitlines()[-1] == "octavo.errors.ModelFileError: there is no vocabulary"
+    both = {"load_failure": "the file is cut off", "tokenizer_failure": "there is no vocabulary"}
+    server = start_server(is_ready=False, **both)
+    code, errors = server.wait()
+    assert code != 0
+    assert errors.splitlines()[-1] == "octavo.errors.ConfigError: the file is cut off"
+    assert "no vocabulary" not in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -196,9 +209,7 @@ def test_the_greeting_has_a_line_to_try() -> None:
         architecture="a",
         num_parameters=1,
         max_model_len=8192,
-        num_blocks=1,
-        block_size=16,
-        kv_cache_bytes=3 << 20,
+        kv_pool=KVPool(num_blocks=1, block_size=16, num_bytes=3 << 20),
         weights_bytes=1,
         vocab_size=10,
         backend="cpu",

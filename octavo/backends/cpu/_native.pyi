@@ -6,7 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.graph.batch import Batch, SamplingRows
+from octavo.backends.cpu.sampling import SamplingArrays
+from octavo.graph.batch import Batch
 
 PlaneTuple = tuple[int, tuple[int, int, int], NDArray[np.uint16], NDArray[np.uint8], int, int, int]
 ScaleTuple = tuple[int, tuple[int, int], bool]
@@ -68,7 +69,7 @@ class Program:
         batch: Batch,
         inputs: list[tuple[str, int]],
         has_cache: bool,
-        rows: SamplingRows | None,
+        rows: SamplingArrays | None,
         sampled: SampledArrays | None,
     ) -> None: ...
     def read_value(self, place: int, out: NDArray[np.float32]) -> None: ...

@@ -19,6 +19,7 @@ from octavo.backends.cpu.plan import (
     RowOp,
     quantized_places,
 )
+from octavo.backends.cpu.sampling import flat
 from octavo.backends.program import CompileOptions
 from octavo.errors import KernelError
 from octavo.graph import ops as op
@@ -95,7 +96,8 @@ class CpuProgram:
         )
         sampled = None if rows is None else (tokens, logprobs, top_ids, top_logprobs)
         try:
-            native.run(batch, self._inputs, bool(self._graph.cache_groups), rows, sampled)
+            arrays = None if rows is None else flat(rows)
+            native.run(batch, self._inputs, bool(self._graph.cache_groups), arrays, sampled)
         except ValueError as error:
             raise KernelError(str(error)) from None
         return StepOutput(

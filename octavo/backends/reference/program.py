@@ -226,7 +226,7 @@ class ReferenceProgram:
         for cache, slots in zip(self._caches or (), batch.slot_mapping, strict=False):
             if len(slots) and not 0 <= slots.min() <= slots.max() < cache.num_slots:
                 faults.append("a slot lies outside the cache")
-        if rows is not None and len(rows.temperature) != len(batch.logits_rows):
+        if rows is not None and len(rows.num_logprobs) != len(batch.logits_rows):
             faults.append("sampling rows and logits_rows differ in number")
         if faults:
             raise KernelError("; ".join(faults))

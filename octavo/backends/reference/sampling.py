@@ -65,27 +65,31 @@ def _choose(logits: Float32, rows: SamplingRows, s: int) -> int:
     adjusted = _adjust(logits, rows, s)
     if np.isnan(adjusted).any() or not np.isfinite(adjusted).any():
         return -1
-    temperature = rows.temperature[s]
+    filters, noise = rows.filters, rows.noise
+    temperature = filters.temperature[s]
     if temperature == 0 or adjusted.max() == np.inf:
         return int(np.argmax(adjusted))
     scaled = adjusted / temperature
-    kept = _filter(scaled, int(rows.top_k[s]), float(rows.top_p[s]), float(rows.min_p[s]))
-    noise = gumbel_noise(int(rows.seed[s]), int(rows.index[s]), int(rows.position[s]), len(logits))
-    return int(np.argmax(np.where(kept, scaled + noise, np.float32(-np.inf))))
+    kept = _filter(scaled, int(filters.top_k[s]), float(filters.top_p[s]), float(filters.min_p[s]))
+    gumbel = gumbel_noise(
+        int(noise.seed[s]), int(noise.index[s]), int(noise.position[s]), len(logits)
+    )
+    return int(np.argmax(np.where(kept, scaled + gumbel, np.float32(-np.inf))))
 
 
 def _adjust(logits: Float32, rows: SamplingRows, s: int) -> Float32:
     """Bias, then penalties."""
     adjusted = logits.copy()
-    bias = slice(rows.bias_start[s], rows.bias_start[s + 1])
-    np.add.at(adjusted, rows.bias_ids[bias], rows.bias_values[bias])
-    seen = slice(rows.seen_start[s], rows.seen_start[s + 1])
-    ids, counts = rows.seen_ids[seen], rows.seen_counts[seen].astype(np.float32)
+    bias, penalties = rows.bias, rows.penalties
+    own = slice(bias.start[s], bias.start[s + 1])
+    np.add.at(adjusted, bias.token_ids[own], bias.values[own])
+    seen = slice(penalties.start[s], penalties.start[s + 1])
+    ids, counts = penalties.token_ids[seen], penalties.counts[seen].astype(np.float32)
     values = adjusted[ids]
-    penalty = rows.repetition[s]
-    values = np.where(values > 0, values / penalty, values * penalty)
-    values -= rows.presence[s] * (counts > 0)
-    values -= rows.frequency[s] * counts
+    repetition = penalties.repetition[s]
+    values = np.where(values > 0, values / repetition, values * repetition)
+    values -= penalties.presence[s] * (counts > 0)
+    values -= penalties.frequency[s] * counts
     adjusted[ids] = values
     return adjusted
 

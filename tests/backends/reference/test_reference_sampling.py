@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.backends.reference.sampling import empty_output, gumbel_noise, sample
-from octavo.graph.batch import SamplingRows, StepOutput
+from octavo.graph.batch import Bias, Filters, Noise, Penalties, SamplingRows, StepOutput
 
 WRAP = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -38,12 +38,23 @@ def rows_of(*rows: dict[str, Any]) -> SamplingRows:
         name: np.array([row.get(name, value) for row in rows], dtype)
         for name, (value, dtype) in plain.items()
     }
+    lists: dict[str, dict[str, Any]] = {}
     for kind, second, dtype in (("seen", "counts", np.int32), ("bias", "values", np.float32)):
         pairs = [row.get(kind, {}) for row in rows]
-        fields[f"{kind}_start"] = np.cumsum([0, *map(len, pairs)]).astype(np.int32)
-        fields[f"{kind}_ids"] = np.array([i for p in pairs for i in p], np.int32)
-        fields[f"{kind}_{second}"] = np.array([v for p in pairs for v in p.values()], dtype)
-    return SamplingRows(**fields)
+        lists[kind] = {
+            "start": np.cumsum([0, *map(len, pairs)]).astype(np.int32),
+            "token_ids": np.array([i for p in pairs for i in p], np.int32),
+            second: np.array([v for p in pairs for v in p.values()], dtype),
+        }
+    return SamplingRows(
+        filters=Filters(**{n: fields[n] for n in ("temperature", "top_k", "top_p", "min_p")}),
+        noise=Noise(**{n: fields[n] for n in ("seed", "index", "position")}),
+        penalties=Penalties(
+            **{n: fields[n] for n in ("repetition", "presence", "frequency")}, **lists["seen"]
+        ),
+        bias=Bias(**lists["bias"]),
+        num_logprobs=fields["num_logprobs"],
+    )
 
 
 def sample_one(logits: list[float], **row: Any) -> StepOutput:
