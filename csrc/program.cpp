@@ -236,6 +236,8 @@ void Program::plan_step() {
 }
 
 void Program::run(const BatchView& batch, const SamplingView* sampling) {
+  const std::unique_lock alone(running_, std::try_to_lock);
+  require(alone.owns_lock(), "another thread is running a step of this program");
   check(batch);
   if (sampling != nullptr) check(batch, *sampling);
   batch_ = &batch;

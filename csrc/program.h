@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -165,6 +166,8 @@ class Program final : private Job {
   Place logits_ = -1;
   int64_t vocab_ = 0;
   std::vector<Mapping> linear_scratch_, attention_scratch_, sample_scratch_;  // one a thread
+
+  std::mutex running_;
 
   // Of the step that runs.
   const BatchView* batch_ = nullptr;

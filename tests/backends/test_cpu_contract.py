@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,28 @@ def test_progress_reaches_one(kit: Any, rng: np.random.Generator) -> None:
     cpu.compile(graph, weights, kit.options(), progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
+
+
+def test_steps_from_two_threads(kit: Any, rng: np.random.Generator) -> None:
+    """A step beside another is refused or comes after it; it never disturbs it."""
+    graph = kit.graph(lambda ops: ops.linear(ops.input("x", 512), "w", 512))
+    weights = {"w.weight": kit.dense(rng.normal(0, 1, (512, 512)))}
+    program = kit.compile(graph, weights, kit.options())
+    inputs = {"x": rng.normal(0, 1, (64, 512)).astype(np.float32)}
+    batch = kit.batch([kit.Part(range(4), 0, 64)], inputs=inputs)
+    wanted = program.run(batch, None, ("out",)).values["out"]
+
+    def steps() -> int:
+        refused = 0
+        for _ in range(50):
+            try:
+                program.run(batch, None)
+            except KernelError as error:
+                assert "another thread" in str(error)
+                refused += 1
+        return refused
+
+    with ThreadPoolExecutor(3) as threads:
+        counts = [future.result() for future in [threads.submit(steps) for _ in range(3)]]
+    assert sum(counts) < 150
+    assert program.run(batch, None, ("out",)).values["out"].tobytes() == wanted.tobytes()
