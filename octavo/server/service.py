@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from octavo import __version__
-from octavo.errors import EngineDeadError, ModelNotFoundError
+from octavo.errors import EngineDeadError, ModelNotFoundError, OverloadedError
 from octavo.metrics import Metrics
 from octavo.server.http import Exchange, HttpError
 from octavo.server.json_body import decode_object
@@ -70,6 +70,14 @@ class Service:
                 f"The model is still loading ({self.engine.phase}); try again in a moment.",
                 code="model_loading",
                 headers=[(b"retry-after", b"1")],
+            )
+        # Each of these is running or waiting, so the engine's queue is full: say so before the
+        # work of tokenizing. The engine itself has the last word.
+        config = self.options.engine
+        if len(self.cancellations) >= config.max_num_waiting + config.max_num_seqs:
+            raise OverloadedError(
+                f"{len(self.cancellations)} requests are running or waiting, no more are accepted: "
+                "try again in a moment."
             )
         return tokenizer, capacity
 

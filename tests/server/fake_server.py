@@ -204,7 +204,8 @@ def main() -> None:
     )
     has_template = settings.pop("has_template", True)
     tokenizer_failure = settings.pop("tokenizer_failure", None)
-    config = EngineConfig(model="x", served_name="fake", memory_bytes=1, num_threads=1)
+    engine_settings = {"model": "x", "served_name": "fake", "memory_bytes": 1, "num_threads": 1}
+    config = EngineConfig(**engine_settings | settings.pop("engine", {}))
     options = ServerOptions(
         engine=config, port=0, limits=limits, **msgspec.convert(settings, dict[str, object])
     )

@@ -138,6 +138,33 @@ def test_health_answers_while_large_prompts_are_read(server) -> None:
     assert slowest < 0.5
 
 
+def test_overload_is_told_before_any_work(start_server) -> None:
+    """B30: what can't be queued is refused at once, and those accepted are not disturbed."""
+    server = start_server(engine={"max_num_waiting": 2, "max_num_seqs": 1})
+    statuses: list[int] = []
+
+    def ask() -> None:
+        body = {"prompt": "SLOW", "max_tokens": 30}
+        statuses.append(server.post("/v1/completions", body).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    server.wait_metric("octavo_requests_running", 3)
+    for path, body in (
+        ("/v1/completions", {"prompt": "hi", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        response = server.post(path, body)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["error"]["code"] == "queue_full"
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 3
+    assert server.post("/v1/completions", {"prompt": "hi"}).status_code == 200
+
+
 def test_the_official_client_honours_our_retry_after(start_server) -> None:
     """B33: asked while the model loads, it waits and succeeds."""
     server = start_server(is_ready=False, load_s=0.8)
