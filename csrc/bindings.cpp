@@ -203,28 +203,30 @@ BatchView batch_view(nb::handle batch, nb::handle inputs, bool has_cache) {
 }
 
 SamplingView sampling_view(nb::handle rows, int64_t count) {
+  const nb::object filters = rows.attr("filters"), noise = rows.attr("noise");
+  const nb::object penalties = rows.attr("penalties"), bias = rows.attr("bias");
   SamplingView view{};
-  view.temperature = sized<float>(rows, "temperature", count);
-  view.top_p = sized<float>(rows, "top_p", count);
-  view.min_p = sized<float>(rows, "min_p", count);
-  view.repetition = sized<float>(rows, "repetition", count);
-  view.presence = sized<float>(rows, "presence", count);
-  view.frequency = sized<float>(rows, "frequency", count);
-  view.top_k = sized<int32_t>(rows, "top_k", count);
-  view.index = sized<int32_t>(rows, "index", count);
-  view.position = sized<int32_t>(rows, "position", count);
-  view.seed = sized<uint64_t>(rows, "seed", count);
-  view.num_logprobs = sized<int32_t>(rows, "num_logprobs", count);
-  view.seen_start = sized<int32_t>(rows, "seen_start", count + 1);
-  const auto seen_ids = array_of<int32_t>(rows, "seen_ids");
+  view.temperature = sized<float>(filters, "temperature", count);
+  view.top_k = sized<int32_t>(filters, "top_k", count);
+  view.top_p = sized<float>(filters, "top_p", count);
+  view.min_p = sized<float>(filters, "min_p", count);
+  view.seed = sized<uint64_t>(noise, "seed", count);
+  view.index = sized<int32_t>(noise, "index", count);
+  view.position = sized<int32_t>(noise, "position", count);
+  view.repetition = sized<float>(penalties, "repetition", count);
+  view.presence = sized<float>(penalties, "presence", count);
+  view.frequency = sized<float>(penalties, "frequency", count);
+  view.seen_start = sized<int32_t>(penalties, "start", count + 1);
+  const auto seen_ids = array_of<int32_t>(penalties, "token_ids");
   view.num_seen = static_cast<int64_t>(seen_ids.size());
   view.seen_ids = seen_ids.data();
-  view.seen_counts = sized<int32_t>(rows, "seen_counts", view.num_seen);
-  view.bias_start = sized<int32_t>(rows, "bias_start", count + 1);
-  const auto bias_ids = array_of<int32_t>(rows, "bias_ids");
+  view.seen_counts = sized<int32_t>(penalties, "counts", view.num_seen);
+  view.bias_start = sized<int32_t>(bias, "start", count + 1);
+  const auto bias_ids = array_of<int32_t>(bias, "token_ids");
   view.num_bias = static_cast<int64_t>(bias_ids.size());
   view.bias_ids = bias_ids.data();
-  view.bias_values = sized<float>(rows, "bias_values", view.num_bias);
+  view.bias_values = sized<float>(bias, "values", view.num_bias);
+  view.num_logprobs = sized<int32_t>(rows, "num_logprobs", count);
   return view;
 }
 

@@ -172,8 +172,8 @@ void Program::check(const BatchView& b, const SamplingView& s) const {
     for (int64_t i = 0; i < b.num_selected; ++i) require(start[i] <= start[i + 1], what);
     for (int64_t i = 0; i < size; ++i) require(ids[i] >= 0 && ids[i] < vocab_, what);
   };
-  check_lists(s.seen_start, s.num_seen, s.seen_ids, "seen_start or seen_ids is malformed");
-  check_lists(s.bias_start, s.num_bias, s.bias_ids, "bias_start or bias_ids is malformed");
+  check_lists(s.seen_start, s.num_seen, s.seen_ids, "the lists of penalties are malformed");
+  check_lists(s.bias_start, s.num_bias, s.bias_ids, "the lists of bias are malformed");
   for (int64_t i = 0; i < b.num_selected; ++i) {
     require(s.temperature[i] >= 0.0f && std::isfinite(s.temperature[i]), "a temperature is negative or not finite");
     require(s.top_k[i] >= 0, "a top_k is negative");

@@ -124,7 +124,7 @@ def test_read_only_arrays_are_welcome(kit: Any, program: Program) -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": -0.5}, "min_p"),
         ({"repetition": 0.0}, "repetition"),
-        ({"seen": [{VOCAB: 1}, {}]}, "seen"),
+        ({"seen": [{VOCAB: 1}, {}]}, "penalties"),
         ({"bias": [{}, {-1: 1.0}]}, "bias"),
         ({"num_logprobs": VOCAB + 1}, "num_logprobs"),
     ],

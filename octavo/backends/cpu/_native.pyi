@@ -6,8 +6,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.backends.cpu.sampling import SamplingArrays
-from octavo.graph.batch import Batch
+from octavo.graph.batch import Batch, SamplingRows
 
 PlaneTuple = tuple[int, tuple[int, int, int], NDArray[np.uint16], NDArray[np.uint8], int, int, int]
 ScaleTuple = tuple[int, tuple[int, int], bool]
@@ -69,7 +68,7 @@ class Program:
         batch: Batch,
         inputs: list[tuple[str, int]],
         has_cache: bool,
-        rows: SamplingArrays | None,
+        rows: SamplingRows | None,
         sampled: SampledArrays | None,
     ) -> None: ...
     def read_value(self, place: int, out: NDArray[np.float32]) -> None: ...

@@ -19,7 +19,6 @@ from octavo.backends.cpu.plan import (
     RowOp,
     quantized_places,
 )
-from octavo.backends.cpu.sampling import flat
 from octavo.backends.program import CompileOptions
 from octavo.errors import KernelError
 from octavo.graph import ops as op
@@ -96,8 +95,7 @@ class CpuProgram:
         )
         sampled = None if rows is None else (tokens, logprobs, top_ids, top_logprobs)
         try:
-            arrays = None if rows is None else flat(rows)
-            native.run(batch, self._inputs, bool(self._graph.cache_groups), arrays, sampled)
+            native.run(batch, self._inputs, bool(self._graph.cache_groups), rows, sampled)
         except ValueError as error:
             raise KernelError(str(error)) from None
         return StepOutput(
