@@ -59,6 +59,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._is_in_headers = True
+        self._is_handed_on = False
         self._is_complete = True
         self._is_lingering = False
         self._header_bytes = 0
@@ -109,7 +110,7 @@ class Connection(HttpToolsProtocol):
         """A request begins: its headers must come soon."""
         super().on_message_begin()
         self._is_in_headers = True
-        self._is_complete = False
+        self._is_handed_on = self._is_complete = False
         self._header_bytes = self._body_bytes = self._wire_bytes = self._bytes_at_window = 0
         self._arm(self._limits.header_deadline_s, self._headers_late)
 
@@ -129,6 +130,7 @@ class Connection(HttpToolsProtocol):
             if name == b"content-length" and int(value) > self._limits.max_body_bytes:
                 self._refuse_body()
         super().on_headers_complete()
+        self._is_handed_on = True
         self._arm(self._limits.body_window_s, self._check_body)
 
     def on_body(self, body: bytes) -> None:
@@ -192,7 +194,7 @@ class Connection(HttpToolsProtocol):
             cycle.keep_alive = False
             self._is_lingering = True
             return
-        is_answered = not self._is_in_headers and cycle is not None and cycle.response_complete
+        is_answered = self._is_handed_on and cycle is not None and cycle.response_complete
         if not is_answered:  # else the answer came before the body, which breaks a bound only now
             self.transport.write(_error_response(status, message))
         self._linger()

@@ -149,6 +149,22 @@ def test_an_announced_large_body_is_a_413_at_once(server, read_response) -> None
     assert json.loads(body)["error"]["code"] == "request_too_large"
 
 
+def test_bounds_hold_for_later_requests_of_a_connection(hasty, read_response) -> None:
+    long_header = b"GET /live HTTP/1.1\r\nx: " + b"a" * 70_000
+    for request, expected in (
+        (HEAD + LENGTH % (9 * MIB), 413),
+        (HEAD + LENGTH % 5000, 408),
+        (b"GET /li", 408),
+        (long_header, 431),
+        (b"GARBAGE\r\n\r\n", 400),
+    ):
+        with hasty.connect() as sock:
+            sock.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert read_response(sock)[0] == 200
+            sock.sendall(request)
+            assert read_response(sock)[0] == expected
+
+
 def test_a_client_that_sends_all_of_a_large_body_sees_the_413(server) -> None:
     response = server.http.post(
         "/v1/completions",
@@ -225,7 +241,10 @@ def test_a_body_that_nobody_reads_is_bounded(hasty, read_response) -> None:
                 while True:
                     sock.sendall(data)
                     time.sleep(0 if len(data) > 10 else 0.05)
-            sock.close()
+    with hasty.connect() as sock:
+        sock.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\n" + LENGTH % 5000)
+        assert read_response(sock)[0] == 404
+        assert sock.recv(100) == b""  # closed without a second answer
 
 
 def test_expect_100_continue(server, read_response) -> None:
