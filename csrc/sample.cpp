@@ -160,13 +160,25 @@ Bins make_bins(const float* z, int64_t size, float top) {
   return {top, range > 0.0f ? static_cast<float>(kBins - 1) / range : 0.0f};
 }
 
-// The bins of a block, ascending as z descends.
-OCTAVO_INLINE void bins_of(const Bins& bins, const float* z, int64_t count, int32_t* out) {
+// Ascending as z descends.
+OCTAVO_INLINE int32_t bin_of(const Bins& bins, float z) {
   constexpr float kLast = static_cast<float>(kBins - 1);
-  for (int64_t i = 0; i < count; ++i) {
-    const float bin = (bins.top - z[i]) * bins.scale;
-    out[i] = static_cast<int32_t>(bin < kLast ? bin : kLast);
+  const float bin = (bins.top - z) * bins.scale;
+  return static_cast<int32_t>(bin < kLast ? bin : kLast);
+}
+
+// The ids whose p is at least `least` (all if p is null), ascending; returns how many.
+int64_t list_candidates(const float* p, int64_t size, float least, int32_t* ids) {
+  int64_t listed = 0;
+  for (int64_t i = 0; i < size; i += kBlock) {
+    const int64_t count = block_length(i, size);
+    if (p != nullptr && block_max(p + i, count) < least) continue;
+    for (int64_t j = i; j < i + count; ++j) {
+      ids[listed] = static_cast<int32_t>(j);
+      listed += p == nullptr || p[j] >= least;
+    }
   }
+  return listed;
 }
 
 // Like keep_heaviest over all tokens whose p is at least `least`: only the bin in which the weight is reached gets sorted. The
@@ -174,39 +186,22 @@ OCTAVO_INLINE void bins_of(const Bins& bins, const float* z, int64_t count, int3
 int64_t keep_top(const float* z, const float* p, int64_t size, float top, float least, double wanted, int32_t* ids,
                  int32_t* spare) {
   const Bins bins = make_bins(z, size, top);
+  const int64_t listed = list_candidates(p, size, least, spare);
   double weights[kBins];
   for (int32_t i = 0; i < kBins; ++i) weights[i] = 0.0;
-  int32_t block[kBlock];
-  for (int64_t i = 0; i < size; i += kBlock) {
-    const int64_t count = block_length(i, size);
-    if (p != nullptr && block_max(p + i, count) < least) continue;
-    bins_of(bins, z + i, count, block);
-    for (int64_t j = 0; j < count; ++j) {
-      if (p == nullptr) {
-        weights[block[j]] += 1.0;
-      } else if (p[i + j] >= least) {
-        weights[block[j]] += static_cast<double>(p[i + j]);
-      }
-    }
+  for (int64_t i = 0; i < listed; ++i) {
+    const int32_t id = spare[i];
+    weights[bin_of(bins, z[id])] += p != nullptr ? static_cast<double>(p[id]) : 1.0;
   }
   double before = 0.0;
   int32_t crossing = 0;
   for (; crossing < kBins - 1 && before + weights[crossing] < wanted; ++crossing) before += weights[crossing];
 
-  int64_t kept = 0, members = 0;
-  for (int64_t i = 0; i < size; i += kBlock) {
-    const int64_t count = block_length(i, size);
-    if (p != nullptr && block_max(p + i, count) < least) continue;
-    bins_of(bins, z + i, count, block);
-    for (int64_t j = 0; j < count; ++j) {
-      if (block[j] > crossing || (p != nullptr && p[i + j] < least)) continue;
-      const auto id = static_cast<int32_t>(i + j);
-      if (block[j] < crossing) {
-        ids[kept++] = id;
-      } else {
-        spare[members++] = id;
-      }
-    }
+  int64_t kept = 0, members = 0;  // members of the crossing bin gather at the front of `spare`
+  for (int64_t i = 0; i < listed; ++i) {
+    const int32_t id = spare[i], bin = bin_of(bins, z[id]);
+    if (bin < crossing) ids[kept++] = id;
+    if (bin == crossing) spare[members++] = id;
   }
   int64_t taken = 0;
   const int32_t* best = keep_heaviest(z, p, spare, members, wanted - before, &taken);
