@@ -1,0 +1,101 @@
+"""B01, B53, SEC-03: the server process with a real engine process (a tiny model) behind it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+
+class Running:
+    """`octavo serve` of the tiny model."""
+
+    def __init__(self, model: Path) -> None:
+        command = [sys.executable, "-m", "octavo.cli.main", "serve", str(model), "--port", "0"]
+        command += ["--served-model-name", "tiny", "--memory", "8MiB"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        line = self.process.stderr.readline()  # the greeting comes once requests are welcome
+        match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        assert match, line + self.process.stderr.read()
+        self.port = int(match[1])
+        self.url = match[0]
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
+    def finish(self) -> tuple[int, str]:
+        """The exit code, and the last line on stderr."""
+        _, errors = self.process.communicate(timeout=10)
+        return self.process.returncode, errors.strip().rpartition("\n")[2]
+
+
+@pytest.fixture
+def running(tiny_model_path: Path) -> Iterator[Running]:
+    server = Running(tiny_model_path)
+    yield server
+    if server.process.poll() is None:
+        server.process.kill()
+    server.process.communicate()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def listening_inodes(pid: int) -> set[str]:
+    """Sockets of a process that listen for TCP."""
+    listening = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                listening.add(f"socket:[{fields[9]}]")
+    held = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    return held & listening
+
+
+def test_the_processes_are_what_they_should_be(running: Running) -> None:
+    body = {"prompt": "hello", "max_tokens": 3, "temperature": 0}
+    answer = httpx.post(f"{running.url}/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 3
+    pid = running.process.pid
+    assert "numpy" not in Path(f"/proc/{pid}/maps").read_text()
+    assert "numpy" in Path(f"/proc/{running.engine_pid}/maps").read_text()
+    assert len(listening_inodes(pid)) == 1
+    assert listening_inodes(running.engine_pid) == set()
+    status = Path(f"/proc/{pid}/status").read_text()
+    assert int(status.split("VmRSS:")[1].split()[0]) < 90 * 1024
+    running.process.send_signal(signal.SIGTERM)
+    code, _ = running.finish()
+    assert code == 0
+
+
+def test_a_killed_engine_ends_the_server_with_one_sentence(running: Running) -> None:
+    os.kill(running.engine_pid, signal.SIGKILL)
+    code, line = running.finish()
+    assert code == 1
+    assert line == "octavo serve: error: the engine process ended unexpectedly (signal 9)"
+
+
+def test_a_killed_server_takes_the_engine_with_it(running: Running) -> None:
+    engine = running.engine_pid
+    running.process.kill()
+    deadline = time.monotonic() + 2
+    while is_alive(engine):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
