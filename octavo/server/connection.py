@@ -129,6 +129,9 @@ class Connection(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"content-length" and int(value) > self._limits.max_body_bytes:
                 self._refuse_body()
+            if name in (b"content-length", b"transfer-encoding") and self.parser.should_upgrade():
+                # The parser would take the body for the other protocol.
+                self._refuse(400, "A request with a body can't upgrade; leave out 'Upgrade'.")
         super().on_headers_complete()
         self._is_handed_on = True
         self._arm(self._limits.body_window_s, self._check_body)
@@ -152,7 +155,10 @@ class Connection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # answered as the plain request that it also is
+            # Answered as the plain request that it also is; the parser reads no other after it.
+            self.cycle.keep_alive = False
+            self._is_lingering = True
+            return
         except httptools.HttpParserError as error:
             if not isinstance(error.__context__, _RefusedError):
                 self._answer(400, "This is not a valid HTTP/1.1 request.")

@@ -276,6 +276,20 @@ def test_a_pipelined_body_may_come_after_the_answer_before_it(server, read_respo
         assert read_response(sock)[0] == 200
 
 
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_an_upgrade_is_answered_as_the_request_that_it_is(server, read_response, protocol) -> None:
+    upgrade = b"connection: upgrade\r\nupgrade: " + protocol + b"\r\n"
+    for request, expected in (
+        (b"GET /live HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n", 200),
+        (HEAD + upgrade + LENGTH % len(BODY) + BODY, 400),
+    ):
+        with server.connect() as sock:
+            sock.sendall(request)
+            status, headers, _ = read_response(sock)
+            assert (status, headers["connection"]) == (expected, "close")
+            assert sock.recv(100) == b""
+
+
 def test_http_1_0_is_answered_and_closed(server, read_response) -> None:
     with server.connect() as sock:
         sock.sendall(b"GET /live HTTP/1.0\r\n\r\n")

@@ -59,7 +59,7 @@ def test_tokenize_and_detokenize(server) -> None:
     tokens = server.post("/tokenize", body).json()["tokens"]
     text = server.post("/detokenize", {"tokens": tokens}).json()["prompt"]
     assert text == "<user>hi\n<assistant>"
-    for bad in ({}, {"prompt": "a", "messages": body["messages"]}, {"prompt": 5}, {"promt": "a"}):
+    for bad in ({}, {"prompt": "a", "messages": body["messages"]}, {"prompt": 5}, {"prompts": "a"}):
         assert server.post("/tokenize", bad).status_code == 400
     for bad in ({}, {"tokens": "a"}, {"tokens": [-1]}, {"tokens": [10**6]}, {"tokens": [1.5]}):
         response = server.post("/detokenize", bad)
