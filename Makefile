@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The installed Octavo is tested and served, not the sources in this folder, which lack the compiled part.
+export PYTHONSAFEPATH := 1
 SOURCES := pyproject.toml CMakeLists.txt requirements.lock $(shell find octavo csrc -name '*.py' -o -name '*.cpp' -o -name '*.h')
 
 .PHONY: serve test test-all lint lock clean
@@ -14,10 +16,10 @@ serve: $(VENV)/.installed
 	@exec $(BIN)/octavo serve $(ARGS)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/pytest -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff format --check .

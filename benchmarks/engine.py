@@ -26,7 +26,7 @@ CONCURRENCY = {1: 6, 16: 48, 64: 128}
 
 def octavo(*arguments: str) -> dict[str, Any]:
     """The figures of one `octavo bench` command."""
-    command = [sys.executable, "-m", "octavo.cli.main", "bench", *arguments, "--json"]
+    command = [sys.executable, "-P", "-m", "octavo.cli.main", "bench", *arguments, "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
@@ -38,7 +38,7 @@ def served(model: str) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "octavo.cli.main", "serve", model, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "octavo.cli.main", "serve", model, "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while True:

@@ -266,7 +266,7 @@ def test_rooms_without_tensors_import_no_numpy() -> None:
 
 def test_serve_has_few_options() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "octavo.cli.main", "serve", "--help"],
+        [sys.executable, "-P", "-m", "octavo.cli.main", "serve", "--help"],
         capture_output=True,
         text=True,
         check=True,

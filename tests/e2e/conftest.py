@@ -22,7 +22,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "octavo.cli.main", "serve", *arguments]
+        command = [sys.executable, "-P", "-m", "octavo.cli.main", "serve", *arguments]
         self.process = subprocess.Popen(
             [*command, "--port", str(self.port)],
             stdout=subprocess.DEVNULL,

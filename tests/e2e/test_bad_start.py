@@ -16,7 +16,7 @@ import pytest
 def octavo(*arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | ({"OCTAVO_HOME": str(home)} if home else {})
     return subprocess.run(
-        [sys.executable, "-m", "octavo.cli.main", *arguments],
+        [sys.executable, "-P", "-m", "octavo.cli.main", *arguments],
         capture_output=True,
         text=True,
         timeout=60,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def octavo(*arguments: str, stdin: str = "") -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "octavo.cli.main", *arguments],
+        [sys.executable, "-P", "-m", "octavo.cli.main", *arguments],
         capture_output=True,
         text=True,
         input=stdin,

@@ -19,7 +19,16 @@ class Running:
     """`octavo serve` of the tiny model."""
 
     def __init__(self, model: Path) -> None:
-        command = [sys.executable, "-m", "octavo.cli.main", "serve", str(model), "--port", "0"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "octavo.cli.main",
+            "serve",
+            str(model),
+            "--port",
+            "0",
+        ]
         command += ["--served-model-name", "tiny", "--memory", "8MiB"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None

@@ -48,7 +48,7 @@ def _run_once(model: str, memory: str) -> dict[str, float]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "octavo.cli.main", "serve", model]
+    command = [sys.executable, "-P", "-m", "octavo.cli.main", "serve", model]
     began = time.perf_counter()
     server = subprocess.Popen(
         [*command, "--port", str(port), "--memory", memory],
