@@ -5,6 +5,7 @@
 //   scores   tokens in lanes (K blocks are [head_dim][block_size]), so a score is one lane's sum over head_dim, in order;
 //   softmax  online: the row's maximum and sum follow tile after tile, and sums stay in lanes until the end;
 //   values   head_dim in lanes, tokens one after another.
+// Segments of kAttentionSegment tokens start afresh and are merged in order, so that threads can share a long context.
 // Register tiles (rows x vectors) only group independent sums: a row's bits depend on its query and its sequence's cache alone.
 // Lanes past a row's position are replaced before use and never multiplied: stale NaN in a block cannot leak.
 // Sources: Kwon et al. 2023 (PagedAttention), section 4; Milakov and Gimelshein 2018 (online softmax).
@@ -33,13 +34,18 @@ struct Blocks {
   const uint16_t* v[kMostBlocks];
 };
 
-// What a row keeps between tiles of K and V, by row; the caller's scratch.
-struct Rows {
-  float* query;   // [rows / tile][head_dim][rows of the tile]
-  float* sums;    // [rows][head_dim]: the weighted values
-  float* weights; // [rows][kTile]: scores, then their exponentials
-  float* lanes;   // [rows][16]: the sum of exponentials, in lanes
-  float* maximum; // [rows]
+// What rows keep between tiles of K and V: the outcome of a segment.
+struct Partial {
+  float* sums;     // [rows][head_dim]: the weighted values
+  float* lanes;    // [rows][16]: the sum of exponentials, in lanes
+  float* maximum;  // [rows]
+};
+
+// The caller's scratch.
+struct Scratch {
+  float* query;    // [rows / tile][head_dim][rows of the tile]
+  float* weights;  // [rows][kTile]: scores, then their exponentials
+  float* rest;     // room for two partials
 };
 
 // Sixteen tokens of one row of head_dim; with blocks of 8 they lie in two blocks.
@@ -193,8 +199,20 @@ struct Problem {
   const int32_t* block_table;
   int64_t row_begin, group, num_rows;
   int32_t kv_head;
-  Rows rows;
+  Scratch scratch;
 };
+
+Problem make_problem(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
+                     float* scratch) {
+  const int64_t group = args->num_heads / args->num_kv_heads, num_rows = (row_end - row_begin) * group;
+  float* weights = scratch + num_rows * args->head_dim;
+  return {args, block_table, row_begin, group, num_rows, kv_head, {scratch, weights, weights + num_rows * kTile}};
+}
+
+Partial partial_at(const Problem& p, float* floats) {
+  float* lanes = floats + p.num_rows * p.args->head_dim;
+  return {floats, lanes, lanes + p.num_rows * kLanes};
+}
 
 OCTAVO_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.args->positions[p.row_begin + row / p.group]; }
 
@@ -202,7 +220,8 @@ OCTAVO_INLINE int64_t tile_rows(const Problem& p, int64_t first) {
   return p.num_rows - first < kMostRows ? p.num_rows - first : kMostRows;
 }
 
-void start_rows(const Problem& p) {
+// The queries with rows in lanes' place: one tile's rows side by side for each column.
+void pack_queries(const Problem& p) {
   const AttentionArgs& a = *p.args;
   const int64_t stride = static_cast<int64_t>(a.num_heads) * a.head_dim;
   for (int64_t first = 0; first < p.num_rows; first += kMostRows) {
@@ -210,21 +229,42 @@ void start_rows(const Problem& p) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first + r;
       const float* query = a.query + (p.row_begin + row / p.group) * stride + (p.kv_head * p.group + row % p.group) * a.head_dim;
-      for (int64_t d = 0; d < a.head_dim; ++d) p.rows.query[first * a.head_dim + d * rows + r] = query[d];
+      for (int64_t d = 0; d < a.head_dim; ++d) p.scratch.query[first * a.head_dim + d * rows + r] = query[d];
     }
   }
-  for (int64_t i = 0; i < p.num_rows * a.head_dim; ++i) p.rows.sums[i] = 0.0f;
-  for (int64_t i = 0; i < p.num_rows * kLanes; ++i) p.rows.lanes[i] = 0.0f;
-  for (int64_t i = 0; i < p.num_rows; ++i) p.rows.maximum[i] = -__builtin_inff();
 }
 
-void finish_rows(const Problem& p) {
+void clear(const Problem& p, const Partial& part) {
+  for (int64_t i = 0; i < p.num_rows * p.args->head_dim; ++i) part.sums[i] = 0.0f;
+  for (int64_t i = 0; i < p.num_rows * kLanes; ++i) part.lanes[i] = 0.0f;
+  for (int64_t i = 0; i < p.num_rows; ++i) part.maximum[i] = -__builtin_inff();
+}
+
+// total follows with a later segment, for the rows that see it.
+void merge(const Problem& p, const Partial& total, const Partial& part, int64_t segment) {
+  const int64_t head_dim = p.args->head_dim;
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    if (position_of(p, row) < segment * kAttentionSegment) continue;
+    const float maximum = part.maximum[row] > total.maximum[row] ? part.maximum[row] : total.maximum[row];
+    const f32x16 old_factor = exp(set1(total.maximum[row]) - set1(maximum));
+    const f32x16 new_factor = exp(set1(part.maximum[row]) - set1(maximum));
+    float *sums = total.sums + row * head_dim, *lanes = total.lanes + row * kLanes;
+    const float* added = part.sums + row * head_dim;
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      store(sums + d, fma(load(added + d), new_factor, load(sums + d) * old_factor));
+    }
+    store(lanes, fma(load(part.lanes + row * kLanes), new_factor, load(lanes) * old_factor));
+    total.maximum[row] = maximum;
+  }
+}
+
+void finish_rows(const Problem& p, const Partial& total) {
   const AttentionArgs& a = *p.args;
   const int64_t stride = static_cast<int64_t>(a.num_heads) * a.head_dim;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     float* out = a.out + (p.row_begin + row / p.group) * stride + (p.kv_head * p.group + row % p.group) * a.head_dim;
-    const f32x16 total = set1(hsum(load(p.rows.lanes + row * kLanes)));
-    for (int64_t d = 0; d < a.head_dim; d += kLanes) store(out + d, load(p.rows.sums + row * a.head_dim + d) / total);
+    const f32x16 weight = set1(hsum(load(total.lanes + row * kLanes)));
+    for (int64_t d = 0; d < a.head_dim; d += kLanes) store(out + d, load(total.sums + row * a.head_dim + d) / weight);
   }
 }
 
@@ -234,7 +274,7 @@ OCTAVO_INLINE void prefetch(const uint16_t* begin, int64_t elements) {
 }
 
 // Rows first to first + rows against the tokens start to start + kTile.
-void attend(const Problem& p, const Blocks& blocks, int64_t start, int64_t first, int64_t rows) {
+void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t start, int64_t first, int64_t rows) {
   const AttentionArgs& a = *p.args;
   const int64_t block_size = a.block_size, head_dim = a.head_dim;
   const int64_t past = position_of(p, first + rows - 1) + 1 - start;  // of the last row, which sees the most
@@ -246,17 +286,17 @@ void attend(const Problem& p, const Blocks& blocks, int64_t start, int64_t first
     low[c] = blocks.k[token / block_size] + token % block_size;
     high[c] = block_size >= kLanes ? low[c] : token + 8 < tokens ? blocks.k[token / 8 + 1] : blocks.k[token / 8];
   }
-  float* weights = p.rows.weights + first * kTile;
-  float* sums = p.rows.sums + first * head_dim;
+  float* weights = p.scratch.weights + first * kTile;
+  float* sums = part.sums + first * head_dim;
   const ScoreTile* tiles = block_size >= kLanes ? kScoreTiles : kScoreTilesOfHalves;
-  tiles[rows - 1](p.rows.query + first * head_dim, low, high, count, block_size, head_dim, weights);
+  tiles[rows - 1](p.scratch.query + first * head_dim, low, high, count, block_size, head_dim, weights);
 
   int64_t valid[kMostRows];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t seen = position_of(p, first + r) + 1 - start;
     valid[r] = seen < 0 ? 0 : seen < kTile ? seen : kTile;
     if (valid[r] == 0) continue;
-    softmax_row(weights + r * kTile, valid[r], a.scale, p.rows.maximum + first + r, p.rows.lanes + (first + r) * kLanes,
+    softmax_row(weights + r * kTile, valid[r], a.scale, part.maximum + first + r, part.lanes + (first + r) * kLanes,
                 sums + r * head_dim, head_dim);
   }
   // Positions ascend, so valid[r] is what all rows from r on may read; the rest of each row is its own.
@@ -272,38 +312,65 @@ void attend(const Problem& p, const Blocks& blocks, int64_t start, int64_t first
   }
 }
 
-}  // namespace
-
-void attention(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
-               float* scratch) {
-  const AttentionArgs& a = *args;
-  const int64_t group = a.num_heads / a.num_kv_heads, num_rows = (row_end - row_begin) * group;
-  Rows rows;
-  rows.query = scratch;
-  rows.sums = rows.query + num_rows * a.head_dim;
-  rows.weights = rows.sums + num_rows * a.head_dim;
-  rows.lanes = rows.weights + num_rows * kTile;
-  rows.maximum = rows.lanes + num_rows * kLanes;
-  const Problem p = {args, block_table, row_begin, group, num_rows, kv_head, rows};
-  start_rows(p);
-  const int64_t last = a.positions[row_end - 1] + 1, block_elements = static_cast<int64_t>(a.head_dim) * a.block_size;
-  for (int64_t start = 0; start < last; start += kTile) {
+// One segment into `part`.
+void attend_segment(const Problem& p, const Partial& part, int64_t segment) {
+  const AttentionArgs& a = *p.args;
+  clear(p, part);
+  const int64_t seen = position_of(p, p.num_rows - 1) + 1, begin = segment * kAttentionSegment;
+  const int64_t last = seen < begin + kAttentionSegment ? seen : begin + kAttentionSegment;
+  const int64_t block_elements = static_cast<int64_t>(a.head_dim) * a.block_size;
+  for (int64_t start = begin; start < last; start += kTile) {
     const int64_t tokens = last - start < kTile ? last - start : kTile;
     Blocks blocks = {};
     for (int64_t i = 0; i * a.block_size < tokens; ++i) {
-      const int64_t block = block_table[start / a.block_size + i];
-      const int64_t at = (block * a.num_kv_heads + kv_head) * block_elements;
+      const int64_t block = p.block_table[start / a.block_size + i];
+      const int64_t at = (block * a.num_kv_heads + p.kv_head) * block_elements;
       blocks.k[i] = a.k_cache + at;
       blocks.v[i] = a.v_cache + at;
       prefetch(blocks.v[i], block_elements);
     }
     for (int64_t i = 0; i * a.block_size < last - start - kTile && i * a.block_size < kTile; ++i) {
-      const int64_t block = block_table[(start + kTile) / a.block_size + i];
-      prefetch(a.k_cache + (block * a.num_kv_heads + kv_head) * block_elements, block_elements);
+      const int64_t block = p.block_table[(start + kTile) / a.block_size + i];
+      prefetch(a.k_cache + (block * a.num_kv_heads + p.kv_head) * block_elements, block_elements);
     }
-    for (int64_t first = 0; first < num_rows; first += kMostRows) attend(p, blocks, start, first, tile_rows(p, first));
+    for (int64_t first = 0; first < p.num_rows; first += kMostRows) {
+      attend(p, part, blocks, start, first, tile_rows(p, first));
+    }
   }
-  finish_rows(p);
+}
+
+}  // namespace
+
+void attention(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
+               float* scratch) {
+  const Problem p = make_problem(args, block_table, row_begin, row_end, kv_head, scratch);
+  const Partial total = partial_at(p, p.scratch.rest);
+  const Partial part = partial_at(p, total.maximum + p.num_rows);
+  pack_queries(p);
+  attend_segment(p, total, 0);
+  for (int64_t segment = 1; segment * kAttentionSegment <= args->positions[row_end - 1]; ++segment) {
+    attend_segment(p, part, segment);
+    merge(p, total, part, segment);
+  }
+  finish_rows(p, total);
+}
+
+void attention_segment(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end,
+                       int32_t kv_head, int64_t segment, float* partial, float* scratch) {
+  if (segment * kAttentionSegment > args->positions[row_end - 1]) return;
+  const Problem p = make_problem(args, block_table, row_begin, row_end, kv_head, scratch);
+  pack_queries(p);
+  attend_segment(p, partial_at(p, partial), segment);
+}
+
+void attention_merge(const AttentionArgs* args, int64_t row_begin, int64_t row_end, int32_t kv_head, float* partials,
+                     int64_t stride) {
+  const Problem p = make_problem(args, nullptr, row_begin, row_end, kv_head, nullptr);
+  const Partial total = partial_at(p, partials);
+  for (int64_t segment = 1; segment * kAttentionSegment <= args->positions[row_end - 1]; ++segment) {
+    merge(p, total, partial_at(p, partials + segment * stride), segment);
+  }
+  finish_rows(p, total);
 }
 
 }  // namespace OCTAVO_NS

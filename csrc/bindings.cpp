@@ -148,12 +148,7 @@ void add_linear_stage(Program& program, bool selected, Place x, int quantized,
 }
 
 void add_attention_stage(Program& program, int cache, Place query, Place out) {
-  Stage stage{};
-  stage.kind = Stage::Kind::kAttention;
-  stage.cache = cache;
-  stage.x = query;
-  stage.out = out;
-  program.add_stage(std::move(stage));
+  program.add_attention(cache, query, out);
 }
 
 // ---- a step ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,10 @@ void write_kv(const float* k, const float* v, int64_t stride, int64_t rows, cons
               uint16_t* v_cache, const int32_t* slots);
 void attention(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
                float* scratch);
+void attention_segment(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end,
+                       int32_t kv_head, int64_t segment, float* partial, float* scratch);
+void attention_merge(const AttentionArgs* args, int64_t row_begin, int64_t row_end, int32_t kv_head, float* partials,
+                     int64_t stride);
 void silu_mul(const float* gate, const float* up, int64_t count, float* out);
 void add(const float* a, const float* b, int64_t count, float* out);
 void sample(const SampleArgs* args);

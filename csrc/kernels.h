@@ -57,6 +57,10 @@ struct LinearArgs {
   uint8_t* scratch;        // linear_scratch_bytes(weight), of the calling thread alone, 64-byte aligned
 };
 
+// Keys and values are attended in segments of so many tokens at absolute positions, each by itself, and the segments of a row
+// are merged in order: whether one thread does them all or several share them changes no bit.
+constexpr int64_t kAttentionSegment = 512;
+
 // One paged attention problem over the cache of one layer.
 // k_cache: fp16 [num_blocks][num_kv_heads][head_dim][block_size] (tokens in lanes), v_cache: fp16 [num_blocks][num_kv_heads][block_size][head_dim].
 struct AttentionArgs {
@@ -100,6 +104,12 @@ struct KernelTable {
   // Rows row_begin..row_end (tokens of one sequence) of one kv head.
   void (*attention)(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
                     float* scratch);
+  // One segment of the same (nothing where it lies past the rows); its result takes attention_partial_floats at `partial`.
+  void (*attention_segment)(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end,
+                            int32_t kv_head, int64_t segment, float* partial, float* scratch);
+  // The rows' output from all their segments, `stride` floats apart; the first partial is overwritten.
+  void (*attention_merge)(const AttentionArgs* args, int64_t row_begin, int64_t row_end, int32_t kv_head, float* partials,
+                          int64_t stride);
   void (*silu_mul)(const float* gate, const float* up, int64_t count, float* out);
   void (*add)(const float* a, const float* b, int64_t count, float* out);
   void (*sample)(const SampleArgs* args);
@@ -151,6 +161,7 @@ void pack_panels(const DenseView& view, PackedWeight* out, int64_t panel_begin, 
 
 // Floats of attention's scratch for a tile of `tokens` query tokens, and of SampleArgs::work.
 size_t attention_scratch_floats(int64_t tokens, int64_t group, int64_t head_dim);
+size_t attention_partial_floats(int64_t tokens, int64_t group, int64_t head_dim);
 size_t sample_scratch_floats(int64_t vocab);
 
 // dispatch.cpp: the best table of this machine, or the named one; null when the machine lacks it or the name is unknown.

@@ -31,13 +31,21 @@ constexpr int64_t kFloatsPerItem = 6144;
 // Linear operators: multiply-adds of an item, with a row's worth added for reading the weights.
 constexpr int64_t kOpsPerItem = 160'000;
 
+// Up to so many tokens in a step, threads may share the context of a sequence: what one user alone waits for.
+constexpr int64_t kSharedTokens = 8;
+
 constexpr int64_t kMostItems = (int64_t{1} << 20) - 1;
 
 }  // namespace
 
-// attention.cpp, Rows: query and sums, scores of 64 tokens, sixteen lanes, a maximum.
+// attention.cpp, Partial: sums, sixteen lanes, a maximum.
+size_t attention_partial_floats(int64_t tokens, int64_t group, int64_t head_dim) {
+  return static_cast<size_t>(tokens * group * (head_dim + 16 + 1));
+}
+
+// attention.cpp, Scratch: queries, scores of 64 tokens, two partials.
 size_t attention_scratch_floats(int64_t tokens, int64_t group, int64_t head_dim) {
-  return static_cast<size_t>(tokens * group * (2 * head_dim + 64 + 16 + 1));
+  return static_cast<size_t>(tokens * group * (head_dim + 64)) + 2 * attention_partial_floats(tokens, group, head_dim);
 }
 
 // sample.cpp, draw: logits over temperature, their exponentials, ids, room for ids or exponentials of listed ids.
@@ -81,6 +89,17 @@ int Program::add_quantized(const QuantizedPlace& place) {
   return static_cast<int>(quantized_.size()) - 1;
 }
 
+void Program::add_attention(int cache, Place query, Place out) {
+  for (const Stage::Kind kind : {Stage::Kind::kAttention, Stage::Kind::kMerge}) {
+    Stage stage{};
+    stage.kind = kind;
+    stage.cache = cache;
+    stage.x = query;
+    stage.out = out;
+    stages_.push_back(std::move(stage));
+  }
+}
+
 void Program::finish(size_t arena_bytes, Place logits, int64_t vocab) {
   arena_ = Mapping(arena_bytes);
   logits_ = logits;
@@ -100,6 +119,12 @@ void Program::finish(size_t arena_bytes, Place logits, int64_t vocab) {
     attention_floats = std::max(attention_floats, attention_scratch_floats(
                                                       attention_tile_, cache.num_heads / cache.num_kv_heads, cache.head_dim));
   }
+  const int64_t most_segments = divide_up(limits_.max_model_len, kAttentionSegment);
+  size_t partial_floats = 0;
+  for (const CacheGeometry& cache : caches_) {
+    partial_floats = std::max(partial_floats, attention_partial_floats(kSharedTokens, cache.num_heads, cache.head_dim));
+  }
+  partials_ = Mapping(partial_floats * static_cast<size_t>(most_segments) * sizeof(float));
   for (int i = 0; i < pool_.num_threads(); ++i) {
     linear_scratch_.emplace_back(linear_bytes);
     attention_scratch_.emplace_back(attention_floats * sizeof(float));
@@ -203,7 +228,19 @@ int64_t Program::count_items(const Stage& stage, int64_t* chunk) const {
     *chunk = std::max<int64_t>(1, std::min(*chunk, panels / (4 * pool_.num_threads())));
     return divide_up(panels, *chunk);
   }
-  return static_cast<int64_t>(attention_items_.size()) * caches_[static_cast<size_t>(stage.cache)].num_kv_heads;
+  const int64_t tiles = static_cast<int64_t>(attention_items_.size()) * caches_[static_cast<size_t>(stage.cache)].num_kv_heads;
+  if (stage.kind == Stage::Kind::kMerge) return segments_ == 1 ? 0 : tiles;
+  return tiles * segments_;
+}
+
+// Into how many segments the attention of this step is cut for the threads; bits do not depend on it.
+int64_t Program::choose_segments() const {
+  int64_t longest = 0, kv_heads = 1;
+  for (int64_t s = 0; s < batch_->num_sequences; ++s) longest = std::max<int64_t>(longest, batch_->seq_lens[s]);
+  for (const CacheGeometry& cache : caches_) kv_heads = std::max<int64_t>(kv_heads, cache.num_kv_heads);
+  const int64_t tiles = static_cast<int64_t>(attention_items_.size()) * kv_heads;
+  if (batch_->num_tokens > kSharedTokens || tiles >= 4 * pool_.num_threads() || pool_.num_threads() == 1) return 1;
+  return divide_up(longest, kAttentionSegment);
 }
 
 void Program::plan_step() {
@@ -228,6 +265,7 @@ void Program::plan_step() {
       }
     }
   }
+  segments_ = caches_.empty() ? 1 : choose_segments();
   for (size_t i = 0; i < stages_.size(); ++i) {
     items_[i] = count_items(stages_[i], &chunks_[i]);
     if (items_[i] > kMostItems) throw std::invalid_argument("a step has too many items of work");

@@ -56,15 +56,15 @@ struct CacheGeometry {       // of one attention operator
 };
 
 struct Stage {
-  enum class Kind { kRows, kLinear, kAttention };
+  enum class Kind { kRows, kLinear, kAttention, kMerge };
   Kind kind;
   bool selected = false;     // rows are those of logits_rows
   std::vector<RowOp> ops;    // kRows
   Place x = -1;              // kLinear (dense) and kAttention: the input
   int quantized = -1;        // kLinear with grouped weights
   std::vector<LinearPart> parts;
-  int cache = -1;            // kAttention
-  Place out = -1;            // kAttention
+  int cache = -1;            // kAttention, kMerge
+  Place out = -1;            // kAttention, kMerge
 };
 
 // The angles of one Rope: [positions][cos of head_dim / 2, sin of head_dim / 2], filled as positions come up.
@@ -119,6 +119,7 @@ class Program final : private Job {
   int add_cache_geometry(const CacheGeometry& geometry);
   int add_quantized(const QuantizedPlace& place);
   void add_stage(Stage stage) { stages_.push_back(std::move(stage)); }
+  void add_attention(int cache, Place query, Place out);
   // Takes the activations' memory; `logits` is -1 for a graph that samples nothing.
   void finish(size_t arena_bytes, Place logits, int64_t vocab);
 
@@ -148,6 +149,9 @@ class Program final : private Job {
   void run_row_op(const RowOp& op, int64_t begin, int64_t end);
   void run_linear(const Stage& stage, int64_t begin, int64_t end, int thread);
   void run_attention(const Stage& stage, int64_t item, int thread);
+  void run_merge(const Stage& stage, int64_t item);
+  float* partials(const CacheGeometry& geometry, const AttentionItem& tile, int64_t kv_head, int64_t* stride);
+  int64_t choose_segments() const;
   void run_sample(int64_t row, int thread);
   AttentionArgs attention_args(const CacheGeometry& geometry) const;
   float* at(Place place) { return reinterpret_cast<float*>(arena_.data() + place); }
@@ -166,6 +170,7 @@ class Program final : private Job {
   Place logits_ = -1;
   int64_t vocab_ = 0;
   std::vector<Mapping> linear_scratch_, attention_scratch_, sample_scratch_;  // one a thread
+  Mapping partials_;         // attention's segments
 
   std::mutex running_;
 
@@ -175,6 +180,7 @@ class Program final : private Job {
   std::vector<int64_t> items_, chunks_;  // one a stage
   std::vector<AttentionItem> attention_items_;
   int64_t attention_tile_ = 1;
+  int64_t segments_ = 1;     // that threads share a sequence's context by; 1: a tile does its own
 };
 
 }  // namespace octavo

@@ -17,6 +17,8 @@ void Program::work(int64_t stage_number, int64_t item, int thread) {
   const int64_t begin = item * chunks_[index];
   if (stage.kind == Stage::Kind::kAttention) {
     run_attention(stage, item, thread);
+  } else if (stage.kind == Stage::Kind::kMerge) {
+    run_merge(stage, item);
   } else if (stage.kind == Stage::Kind::kLinear) {
     run_linear(stage, begin, begin + chunks_[index], thread);
   } else {
@@ -128,13 +130,41 @@ AttentionArgs Program::attention_args(const CacheGeometry& geometry) const {
 
 void Program::run_attention(const Stage& stage, int64_t item, int thread) {
   const CacheGeometry& geometry = caches_[static_cast<size_t>(stage.cache)];
-  const AttentionItem& tile = attention_items_[static_cast<size_t>(item / geometry.num_kv_heads)];
+  const int64_t segment = item % segments_, problem = item / segments_;
+  const AttentionItem& tile = attention_items_[static_cast<size_t>(problem / geometry.num_kv_heads)];
+  const auto kv_head = static_cast<int32_t>(problem % geometry.num_kv_heads);
+  const int32_t* block_table = batch_->block_table + tile.sequence * batch_->table_width;
+  auto* scratch = reinterpret_cast<float*>(attention_scratch_[static_cast<size_t>(thread)].data());
   AttentionArgs args = attention_args(geometry);
   args.query = at(stage.x);
   args.out = at(stage.out);
-  kernels_.attention(&args, batch_->block_table + tile.sequence * batch_->table_width, tile.row_begin, tile.row_end,
-                     static_cast<int32_t>(item % geometry.num_kv_heads),
-                     reinterpret_cast<float*>(attention_scratch_[static_cast<size_t>(thread)].data()));
+  if (segments_ == 1) {
+    kernels_.attention(&args, block_table, tile.row_begin, tile.row_end, kv_head, scratch);
+  } else {
+    int64_t stride;
+    float* partial = partials(geometry, tile, kv_head, &stride) + segment * stride;
+    kernels_.attention_segment(&args, block_table, tile.row_begin, tile.row_end, kv_head, segment, partial, scratch);
+  }
+}
+
+// Where the segments of a tile and kv head lie, `stride` floats apart.
+float* Program::partials(const CacheGeometry& geometry, const AttentionItem& tile, int64_t kv_head, int64_t* stride) {
+  const int64_t group = geometry.num_heads / geometry.num_kv_heads;
+  const auto token = static_cast<int64_t>(attention_partial_floats(1, group, geometry.head_dim));
+  *stride = (tile.row_end - tile.row_begin) * token;
+  return reinterpret_cast<float*>(partials_.data()) +
+         segments_ * (tile.row_begin * geometry.num_kv_heads * token + kv_head * *stride);
+}
+
+void Program::run_merge(const Stage& stage, int64_t item) {
+  const CacheGeometry& geometry = caches_[static_cast<size_t>(stage.cache)];
+  const AttentionItem& tile = attention_items_[static_cast<size_t>(item / geometry.num_kv_heads)];
+  const auto kv_head = static_cast<int32_t>(item % geometry.num_kv_heads);
+  AttentionArgs args = attention_args(geometry);
+  args.out = at(stage.out);
+  int64_t stride;
+  float* first = partials(geometry, tile, kv_head, &stride);
+  kernels_.attention_merge(&args, tile.row_begin, tile.row_end, kv_head, first, stride);
 }
 
 void Program::run_sample(int64_t row, int thread) {

@@ -136,6 +136,19 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
     table.attention(&args, block_table.data(), 0, c.rows, head, scratch.data());
   }
 
+  const auto whole = out;
+  const auto stride = static_cast<int64_t>(attention_partial_floats(c.rows, group, c.head_dim));
+  const int64_t segments = (total + kAttentionSegment - 1) / kAttentionSegment;
+  for (int32_t head = 0; head < c.num_kv_heads; ++head) {
+    std::vector<float> partials(static_cast<size_t>(segments * stride));
+    for (int64_t segment = segments; segment-- > 0;) {  // in any order
+      table.attention_segment(&args, block_table.data(), 0, c.rows, head, segment, partials.data() + segment * stride,
+                              scratch.data());
+    }
+    table.attention_merge(&args, 0, c.rows, head, partials.data(), stride);
+  }
+  expect(std::memcmp(whole.data(), out.data(), out.size() * sizeof(float)) == 0, "attention in segments", table.isa);
+
   std::vector<double> wanted(q.size());
   for (int64_t row = 0; row < c.rows; ++row) {
     for (int64_t head = 0; head < c.num_heads; ++head) {
@@ -262,7 +275,8 @@ int main() {
     test_elementwise(*table);
     test_rope(*table);
     for (const AttentionCase& c : {AttentionCase{1, 1, 16, 8, 0, 1}, {6, 2, 64, 8, 61, 7}, {9, 3, 64, 16, 127, 3},
-                                   {4, 4, 96, 32, 5, 70}, {7, 1, 128, 64, 64, 1}, {2, 1, 256, 16, 200, 2}}) {
+                                   {4, 4, 96, 32, 5, 70}, {7, 1, 128, 64, 64, 1}, {2, 1, 256, 16, 200, 2},
+                                   {4, 2, 32, 16, 1021, 5}}) {
       test_attention(*table, c);
     }
     test_sample(*table);

@@ -145,3 +145,21 @@ def test_machine_has_a_fast_instruction_set() -> None:
     """What the tests above compare: at least the scalar kernels exist everywhere."""
     assert _native.has_isa("scalar")
     assert not _native.has_isa("mmx")
+
+
+def test_long_context(kit: Any, model: Any, isa: str) -> None:
+    """Decoding over several segments of context: alone on many threads, on one, in a batch."""
+    prompt = np.random.default_rng(4).integers(0, VOCAB, 1300)
+    wanted: list[bytes] = []
+    for num_threads, neighbours in ((1, 0), (2, 0), (6, 0), (2, 9)):
+        program = compile_model(kit, model, isa=isa, num_threads=num_threads, max_model_len=1400)
+        blocks = list(range(100))
+        for start in range(0, 1290, 258):
+            part = kit.Part(blocks, start, 258)
+            program.run(kit.batch([part], token_ids=prompt[start : start + 258]), None)
+        parts = [kit.Part([110 + i], 0, 1) for i in range(neighbours)]
+        parts += [kit.Part(blocks, 1290, 3)]
+        ids = np.concatenate([np.zeros(neighbours, np.int64), prompt[1290:1293]])
+        out = program.run(kit.batch(parts, token_ids=ids), None, ("hidden",)).values["hidden"]
+        wanted.append(out[neighbours:].tobytes())
+    assert len(set(wanted)) == 1

@@ -197,3 +197,24 @@ def test_select_rows(kit: Any, rng: np.random.Generator, isa: str, rows: list[in
     inputs = {"x": random_input(rng, 9, 20)}
     batch = kit.batch([kit.Part([0], 0, 9)], logits_rows=rows, inputs=inputs)
     assert_close("select_rows", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_over_a_long_context(
+    kit: Any, rng: np.random.Generator, isa: str, threads: int
+) -> None:
+    """More than two segments (kernels.h), decoded one token a step, which threads share."""
+    graph = attention_graph(kit, 6, 2, 32)
+    counts = [500, 500, 300, 1, 1, 5]
+    batches, length = [], 0
+    for count in counts:
+        inputs = {
+            "q": random_input(rng, count, 192) * 4,
+            "k": random_input(rng, count, 64),
+            "v": random_input(rng, count, 64),
+        }
+        parts = [kit.Part(range(100), length, count)]
+        batches.append(kit.batch(parts, inputs=inputs))
+        length += count
+    options = kit.options(isa=isa, num_threads=threads, max_num_tokens=512, max_model_len=1600)
+    assert_close("attention", *kit.both(graph, {}, options, batches, 100))
