@@ -122,7 +122,8 @@ def greeting(options: ServerOptions, capacity: Capacity, listener: socket.socket
     url = f"http://[{address}]:{port}" if address.version == 6 else f"http://{address}:{port}"
     name = options.model_names[0]
     key = " -H 'Authorization: Bearer KEY'" if options.api_keys else ""
-    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    question = '{"role": "user", "content": "What is the capital of France?"}'
+    body = f'{{"messages": [{question}], "temperature": 0}}'
     return (
         f"Octavo serves {name} at {url} ({capacity.backend}; context "
         f"{capacity.max_model_len} tokens; KV cache {capacity.kv_pool.num_bytes / 2**20:.0f} MiB)\n"
