@@ -50,7 +50,18 @@ def served(model: str) -> dict[str, Any]:
                     raise
                 time.sleep(0.05)
         return {
-            str(c): octavo("serve", "--url", url, "--concurrency", str(c), "--requests", str(n))
+            # A seed of its own each, or the prefix cache would know the prompts of the last one.
+            str(c): octavo(
+                "serve",
+                "--url",
+                url,
+                "--concurrency",
+                str(c),
+                "--requests",
+                str(n),
+                "--seed",
+                str(c),
+            )
             for c, n in CONCURRENCY.items()
         }
     finally:
