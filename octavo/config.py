@@ -42,7 +42,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 256
+    max_num_batched_tokens: int = 512
     max_num_waiting: int = 2048
     block_size: int = 16
     use_prefix_cache: bool = True
