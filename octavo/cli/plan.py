@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from octavo.cli.options import add_model, human_number, resolve_model
 from octavo.cli.progress import human_bytes
 from octavo.config import available_memory, plan_memory
-from octavo.models import registry
+from octavo.runner.loading import CACHE_ELEMENT_BYTES, declare
 from octavo.weights.loader import open_model
-
-KV_ELEMENT_BYTES = 2  # the cache is fp16
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
@@ -32,17 +30,11 @@ def make_plan(name: str, memory_bytes: int | None) -> dict[str, object]:
     """The figures of the plan; sizes in bytes, lengths in tokens."""
     files = open_model(resolve_model(name))
     try:
-        model = registry.build(
-            files.kind,
-            files.architecture,
-            files.config,
-            files.names(),
-            lambda name: tuple(files.tensor(name).dequantize().ravel().tolist()),
-        )
+        model = declare(files)
         weights = sum(files.tensor(model.file_names(w)).nbytes for w in model.graph.weights)
     finally:
         files.close()
-    per_token = sum(g.bytes_per_token(KV_ELEMENT_BYTES) for g in model.graph.cache_groups)
+    per_token = sum(g.bytes_per_token(CACHE_ELEMENT_BYTES) for g in model.graph.cache_groups)
     pool, free = plan_memory(memory_bytes), available_memory()
     longest = min(model.config.max_position_embeddings, pool // per_token)
     return {

@@ -75,13 +75,7 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
     progress("files", 0.0)
     files = open_model(Path(config.model))
     try:
-        model = registry.build(
-            files.kind,
-            files.architecture,
-            files.config,
-            files.names(),
-            lambda name: tuple(files.tensor(name).dequantize().ravel().tolist()),
-        )
+        model = declare(files)
         max_model_len = _plan_model_len(config, model.config.max_position_embeddings, model.graph)
         options = CompileOptions(
             num_threads=config.num_threads,
@@ -110,6 +104,21 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
         vocab_size=model.config.vocab_size,
         max_model_len=min(max_model_len, num_blocks * config.block_size),
         num_blocks=num_blocks,
+    )
+
+
+def declare(files: ModelFiles) -> registry.Model:
+    """The model that the files hold, declared; reads no weight but a small table of rope divisors.
+
+    Raises:
+        ModelFileError: the files are of an unknown kind or incomplete.
+    """
+    return registry.build(
+        files.kind,
+        files.architecture,
+        files.config,
+        files.names(),
+        lambda name: tuple(files.tensor(name).dequantize().ravel().tolist()),
     )
 
 
