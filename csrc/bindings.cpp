@@ -50,20 +50,15 @@ const uint8_t* pointer(uintptr_t address) { return reinterpret_cast<const uint8_
 
 using PlaneTuple = std::tuple<uintptr_t, std::tuple<int64_t, int64_t, int64_t>, Array<const uint16_t, 1>,
                               Array<const uint8_t, 1>, int, int, int>;
-using ScaleTuple = std::tuple<uintptr_t, std::tuple<int64_t, int64_t>, bool>;
+using CodesTuple = std::tuple<std::vector<PlaneTuple>, int>;
+using ScaleTuple = std::tuple<uintptr_t, std::tuple<int64_t, int64_t>, CodesTuple, bool>;
 
-ScaleView scale_view(const ScaleTuple& scale) {
-  const auto& [address, strides, is_f32] = scale;
-  return {pointer(address), std::get<0>(strides), std::get<1>(strides), is_f32};
-}
-
-int add_grouped(Program& program, std::tuple<int64_t, int64_t> shape, std::tuple<int, int, int> codes,
-                const std::vector<PlaneTuple>& planes, const ScaleTuple& scales, std::optional<ScaleTuple> minimums) {
-  GroupedView view{};
-  std::tie(view.n, view.k) = shape;
-  std::tie(view.group, view.bits, view.zero) = codes;
-  if (planes.empty() || planes.size() > 3) throw std::invalid_argument("a grouped weight has one to three planes");
-  for (const auto& [address, strides, byte_of, shift_of, bits, lift, flip] : planes) {
+// NOTE: the view points into the tuple's arrays.
+CodesView codes_view(const CodesTuple& codes) {
+  CodesView view{};
+  view.zero = std::get<1>(codes);
+  if (std::get<0>(codes).size() > 3) throw std::invalid_argument("codes have at most three planes");
+  for (const auto& [address, strides, byte_of, shift_of, bits, lift, flip] : std::get<0>(codes)) {
     PlaneView& plane = view.planes[view.num_planes++];
     plane.data = pointer(address);
     std::tie(plane.row_stride, plane.block_stride, plane.byte_stride) = strides;
@@ -75,8 +70,23 @@ int add_grouped(Program& program, std::tuple<int64_t, int64_t> shape, std::tuple
     plane.lift = lift;
     plane.flip = flip;
   }
+  return view;
+}
+
+ScaleView scale_view(const ScaleTuple& scale) {
+  const auto& [address, strides, factors, is_negated] = scale;
+  return {pointer(address), std::get<0>(strides), std::get<1>(strides), codes_view(factors), is_negated};
+}
+
+int add_grouped(Program& program, std::tuple<int64_t, int64_t> shape, std::tuple<int, int> sizes, const CodesTuple& codes,
+                const ScaleTuple& scales, const std::optional<ScaleTuple>& minimums) {
+  GroupedView view{};
+  std::tie(view.n, view.k) = shape;
+  std::tie(view.group, view.bits) = sizes;
+  view.codes = codes_view(codes);
+  if (view.codes.num_planes == 0) throw std::invalid_argument("a grouped weight has one to three planes");
   view.scales = scale_view(scales);
-  view.minimums = minimums.has_value() ? scale_view(*minimums) : ScaleView{};
+  if (minimums.has_value()) view.minimums = scale_view(*minimums);
   nb::gil_scoped_release release;
   return program.weights().add(view, program.pool());
 }
@@ -272,7 +282,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("num_threads", &Program::num_threads)
       .def_prop_ro("weights_bytes", &Program::weights_bytes)
-      .def("add_grouped", &add_grouped, "shape"_a, "codes"_a, "planes"_a, "scales"_a, "minimums"_a.none())
+      .def("add_grouped", &add_grouped, "shape"_a, "sizes"_a, "codes"_a, "scales"_a, "minimums"_a.none())
       .def("add_dense", &add_dense, "shape"_a, "dtype"_a, "address"_a, "row_stride"_a)
       .def(
           "add_vector",
@@ -289,10 +299,10 @@ NB_MODULE(_native, m) {
           "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a)
       .def(
           "add_quantized",
-          [](Program& program, Place codes, Place scales, Place sums, int64_t features, int32_t group) {
-            return program.add_quantized({codes, scales, sums, features, group});
+          [](Program& program, Place codes, Place scales, Place sums, Place scaled_sums, int64_t features, int32_t group) {
+            return program.add_quantized({codes, scales, sums, scaled_sums, features, group});
           },
-          "codes"_a, "scales"_a, "sums"_a, "features"_a, "group"_a)
+          "codes"_a, "scales"_a, "sums"_a, "scaled_sums"_a, "features"_a, "group"_a)
       .def("add_rows_stage", &add_rows_stage, "selected"_a, "ops"_a)
       .def("add_linear_stage", &add_linear_stage, "selected"_a, "x"_a, "quantized"_a, "parts"_a)
       .def("add_attention_stage", &add_attention_stage, "cache"_a, "query"_a, "out"_a)

@@ -13,36 +13,45 @@ namespace octavo {
 // Columns (output features) of a panel: the unit of packing and of work for a linear operator.
 constexpr int64_t kPanel = 32;
 
-// Rows that linear prepares at a time: numbers a row and group in LinearArgs::scratch.
-constexpr int64_t kRowBlock = 96;
+enum class WeightKind : int32_t { kGrouped, kF32, kF16, kBF16 };
 
-enum class WeightKind : int32_t {
-  kInt4,   // codes of at most 4 bits, two a byte
-  kInt8,   // codes of 5 to 8 bits, one a byte
-  kF32,
-  kF16,
-  kBF16,
-};
-
-// A weight repacked for linear and embed_row: [n / 32 panels], columns in lanes, four k's together for integers (VNNI order).
-// n is padded with zeros to a multiple of 32. Layout: see pack.cpp. Buffers are owned by whoever packed it (program.cpp).
+// A weight repacked for linear and embed_row: panels of 32 columns, the last one padded with zeros, about as large as in the file.
+// Layout: see pack.cpp. The buffer is owned by whoever packed it (weights.cpp).
 struct PackedWeight {
   WeightKind kind;
-  int64_t n;        // output features
-  int64_t k;        // input features, a multiple of group for integers
-  int32_t group;    // 16 or 32; 0 for dense
-  int32_t zero;     // the code that stands for 0
-  bool scales_f32;  // scales and minimums are float32, else float16
-  const uint8_t* codes;
-  const void* scales;
-  const void* minimums;  // or null
+  int64_t n;          // output features
+  int64_t k;          // input features, a multiple of group for integers
+  int32_t bits;       // of a code as kept: 2 to 6, or 8; 0 for dense
+  int32_t group;      // 16 or 32; 0 for dense
+  int32_t zero;       // the code that stands for 0
+  bool two_level;     // scales are a float16 a block of 256 times an int8 a group, else a float16 a group
+  bool has_minimums;
+  const uint8_t* data;
 };
+
+// Where things lie in a panel of a grouped weight, which is a sequence of blocks; bytes but for block_columns.
+struct GroupedLayout {
+  int64_t block_columns;  // k's of a block: 256, or 32 if the scales have one level
+  int64_t factors;        // of a block: where its int8 factors begin, 0 if the scales have one level
+  int64_t header;         // of a block: scales, minimums and factors; then its codes
+  int64_t unit;           // codes of 32 k's
+  int64_t block, panel;
+};
+
+static inline GroupedLayout layout_of(const PackedWeight& w) {
+  const int64_t kinds = w.has_minimums ? 2 : 1, columns = w.two_level ? 256 : 32, groups = columns / w.group;
+  const int64_t factors = w.two_level ? kinds * kPanel * 2 : 0;
+  const int64_t header = w.two_level ? factors + kinds * groups * kPanel : kinds * groups * kPanel * 2;
+  const int64_t unit = kPanel * 32 * w.bits / 8, block = header + columns / 32 * unit;
+  return {columns, factors, header, unit, block, (w.k + columns - 1) / columns * block};
+}
 
 // Rows rounded to int8 as graph/ops.py (Linear) says.
 struct QuantizedRows {
-  int8_t* codes;   // [rows][k]
-  float* scales;   // [rows][k / group]
-  int32_t* sums;   // [rows][k / group], sum of the codes of the group
+  int8_t* codes;      // [rows][k]
+  float* scales;      // [rows][k / group]
+  int32_t* sums;      // [rows][k / group], sum of the codes of the group
+  float* scaled_sums; // [rows][k / group], scale * sum rounded once
 };
 
 struct LinearArgs {
@@ -54,7 +63,6 @@ struct LinearArgs {
   int64_t out_stride;
   const float* bias;       // [n] or null
   const float* residual;   // [rows][out_stride] or null; out = (x w + bias) + residual; may alias out
-  uint8_t* scratch;        // linear_scratch_bytes(weight), of the calling thread alone, 64-byte aligned
 };
 
 // Keys and values are attended in segments of so many tokens at absolute positions, each by itself, and the segments of a row
@@ -89,7 +97,7 @@ struct SampleArgs {           // one row
 };
 
 struct KernelTable {
-  const char* isa;  // "scalar", "avx2", "avx512"
+  const char* isa;  // "scalar", "avx2", "avxvnni", "avx512"
 
   // linear.cpp
   void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, QuantizedRows out);
@@ -115,9 +123,6 @@ struct KernelTable {
   void (*sample)(const SampleArgs* args);
 };
 
-// Bytes of LinearArgs::scratch for a weight (weights of every kind and size).
-size_t linear_scratch_bytes(const PackedWeight& weight);
-
 // ---- pack.cpp: from the stored forms of graph/tensors.py (numpy views, any strides, unaligned) to PackedWeight -------
 
 struct PlaneView {
@@ -128,16 +133,24 @@ struct PlaneView {
   int32_t block_len, bits, lift, flip;
 };
 
+// Codes whose bits lie in up to three planes; the code that stands for 0.
+struct CodesView {
+  int32_t num_planes, zero;
+  PlaneView planes[3];
+};
+
+// Scales or minimums: float16 a group, or, with planes, d * (factor - zero) with float16 d a block and a factor a group.
 struct ScaleView {
-  const uint8_t* data;  // null: absent
-  int64_t row_stride, group_stride;  // bytes
-  bool is_f32;
+  const uint8_t* data;              // null: absent
+  int64_t row_stride, step_stride;  // bytes
+  CodesView factors;
+  bool is_negated;                  // of the factors
 };
 
 struct GroupedView {
   int64_t n, k;
-  int32_t group, bits, zero, num_planes;
-  PlaneView planes[3];
+  int32_t group, bits;
+  CodesView codes;
   ScaleView scales, minimums;
 };
 
@@ -148,14 +161,11 @@ struct DenseView {
   int64_t row_stride;  // bytes; columns are contiguous
 };
 
-// Sizes of the buffers that pack_* fills, 64-byte aligned each, in the order codes, scales, minimums.
-struct PackedSizes { size_t codes, scales, minimums; };
-PackedSizes packed_sizes(const GroupedView& view);
-PackedSizes packed_sizes(const DenseView& view);
-
-// Describe the packed weight whose buffers the caller allocated; then fill panels, from any thread, each panel once.
-PackedWeight describe(const GroupedView& view, uint8_t* codes, void* scales, void* minimums);
-PackedWeight describe(const DenseView& view, uint8_t* codes);
+// Describe the packed weight whose buffer of packed_bytes (64-byte aligned, zeroed) the caller allocated; then fill panels, from
+// any thread, each panel once.
+PackedWeight describe(const GroupedView& view, uint8_t* data);
+PackedWeight describe(const DenseView& view, uint8_t* data);
+size_t packed_bytes(const PackedWeight& weight);
 void pack_panels(const GroupedView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end);
 void pack_panels(const DenseView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end);
 

@@ -5,21 +5,17 @@
 //     dot = sum of (code_w - zero) * code_x                                  exact, int32
 //     c = fma(float(dot), scale_w * scale_x, c)                              scale_w * scale_x rounded once
 //     with minimums: c = fma(minimum_w, scale_x * float(sum of code_x), c)   scale_x * float(sum) rounded once
-// Dense weights: c = 0; for each k, ascending: c = fma(float(w), x, c).
+// where a two-level scale_w is d * factor, exact in float32. Dense weights: c = 0; for each k, ascending: c = fma(float(w), x, c).
 // Nothing else happens to a sum, in whatever tile it stands, so a row's bits depend on neither its neighbours nor the
 // instruction set. K is never split between threads.
 //
-// A tile is kTileRows rows by 32 columns: AVX-512 6 x 2 vectors (12 sums of a group, 12 of the row, 2 of weights and
-// some scales in 32 registers: one load of nibbles and six of activations feed twelve vpdpbusd); AVX2 2 x 4 vectors.
-// Nibbles are split anew for each tile: three cheap instructions beside twelve products. Splitting them once into
-// scratch instead was 2 % slower at 64 rows, 13 % at 256 and half as fast at 6 (it doubles the cache traffic). Each
-// step of a tile fetches 4 KB ahead, over the page's end where the hardware stops: that took six rows from 380 to 500
-// GOP/s. Zero points become a number a row and group, -zero * sum of code_x, with which the integer sum begins; these
-// numbers are made kRowBlock rows at a time. Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread
-// (tests/linear_bench.cpp): 4-bit codes with minimums, per cent of the int8 limit of the same run (1,040 GOP/s): 44 to
-// 51 at 6 rows, 51 to 56 at 16, 53 to 64 at 64, 56 to 66 at 256 (the product and the two FMAs that follow each group
-// leave 73); one row reads 24 to 46 GB/s, all that the memory gave in that minute; float16 and bfloat16 240 GFLOP/s at
-// 64 rows, 97 % of fp32's limit. AVX2: 200 GOP/s at 64 rows.
+// Tiles. AVX-512: up to 6 rows by 2 vectors of 16 columns, so that two vectors of weights and six of activations feed twelve
+// vpdpbusd into twelve sums of a group. AVX2 has half the registers of half the width: 3 to 6 rows by one vector of 16 columns
+// (two registers), twelve 16-bit sums, and the float sums wait in memory for the end of a group; one or two rows, where
+// memory is the limit, take both vectors at once. Codes of 6 and 8 bits leave 16 bits after two and one steps, so sums are 32-bit
+// and rows come before steps, four at a time. Codes are taken apart anew for each tile: a few cheap instructions beside twelve
+// products. Each load of codes fetches 4 KB ahead, over the page's end where the hardware stops. Zero points become a number a
+// row and group, -zero * sum of code_x, that the integer sum begins with.
 #include "kernel_functions.h"
 #include "simd.h"
 
@@ -28,69 +24,71 @@ namespace OCTAVO_NS {
 
 namespace {
 
-// Loops over the rows and halves of a tile: unrolled where the sums live in registers.
+// Loops over the rows and vectors of a tile: unrolled where the sums live in registers.
 #if defined(OCTAVO_ISA_AVX512) || defined(OCTAVO_ISA_AVX2)
 #define OCTAVO_UNROLL _Pragma("GCC unroll 8")
 #else
 #define OCTAVO_UNROLL _Pragma("GCC unroll 1")
 #endif
+#define OCTAVO_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(OCTAVO_ISA_AVX512)
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6, kRowsOfWholePanels = 6;
 #elif defined(OCTAVO_ISA_AVX2)
-constexpr int kTileRows = 2;
+constexpr int kTileRows = 6, kRowsOfWholePanels = 2;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kRowsOfWholePanels = 4;
 #endif
 constexpr int kHalves = 2;        // vectors of columns a panel
+constexpr int kUnitSteps = 8;     // of four k's, in a unit of codes
 constexpr int64_t kAhead = 4096;  // bytes
 
+template <int kBits>
+constexpr int kMostRows = kMostSteps<kBits> <= 2 && kTileRows > 4 ? 4 : kTileRows;
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+// f(Int<0>()) to f(Int<kCount - 1>()).
+template <int kCount, typename F>
+OCTAVO_INLINE void for_each(const F& f) {
+  if constexpr (kCount > 0) {
+    for_each<kCount - 1>(f);
+    f(Int<kCount - 1>());
+  }
+}
+
 struct GroupedPanel {
-  const uint8_t* codes;   // of the panel
-  const uint8_t* scales;  // [groups][32], float16 or float32
-  const uint8_t* minimums;
-  bool scales_f32;
+  const uint8_t* data;
+  GroupedLayout layout;
   int64_t groups;
+  int32_t shift;  // the integer sum begins with shift * sum of code_x
+  bool has_minimums;
 };
 
-struct GroupedRows {         // of a tile's first row
-  const int8_t* codes;       // [rows][groups * group]
-  const float* scales;       // [rows][groups]
-  const int32_t* offsets;    // [rows][groups] the integer sum begins here
-  const float* scaled_sums;  // [rows][groups] scale * sum, for the minimums
-};
-
-struct Output {  // of a tile: its first row, the panel's first column
+struct Output {  // of a tile: its first row, its first column
   float* out;
-  const float* bias;      // of the panel, or null
+  const float* bias;      // or null
   const float* residual;  // like out, or null
   int64_t stride;
-  int64_t columns;  // of the panel that exist
+  int64_t columns;        // from the first one on that exist
 };
 
-OCTAVO_INLINE f32x16 load_scales(const uint8_t* scales, int64_t index, bool is_f32) {
-  if (is_f32) return load(reinterpret_cast<const float*>(scales) + index);
-  return load_f16(reinterpret_cast<const uint16_t*>(scales) + index);
-}
-
-OCTAVO_INLINE float load_scale(const uint8_t* scales, int64_t index, bool is_f32) {
-  if (is_f32) return reinterpret_cast<const float*>(scales)[index];
-  return f16_to_f32(reinterpret_cast<const uint16_t*>(scales)[index]);
-}
-
 // Bias and residual, and only the columns that exist.
-template <int kRows>
-OCTAVO_INLINE void finish(const f32x16 (&sums)[kRows][kHalves], const Output& to) {
+template <int kRows, int kVectors>
+OCTAVO_INLINE void finish(const f32x16 (&c)[kRows][kVectors], const Output& to) {
   OCTAVO_UNROLL
-  for (int h = 0; h < kHalves; ++h) {
-    const int64_t first = h * kLanes, left = to.columns - first;
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t first = v * kLanes, left = to.columns - first;
     if (left <= 0) break;
     const bool whole = left >= kLanes;
     f32x16 bias = set1(0.0f);
     if (to.bias) bias = whole ? load(to.bias + first) : load_partial(to.bias + first, left);
     OCTAVO_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      f32x16 value = sums[i][h];
+      f32x16 value = c[i][v];
       const int64_t at = i * to.stride + first;
       if (to.bias) value = value + bias;
       if (to.residual) value = value + (whole ? load(to.residual + at) : load_partial(to.residual + at, left));
@@ -105,99 +103,178 @@ OCTAVO_INLINE void finish(const f32x16 (&sums)[kRows][kHalves], const Output& to
 
 // ---- grouped weights ---------------------------------------------------------------------------------------------
 
-// How the codes of a weight are read and multiplied: nibbles' products may be summed in fewer bits meanwhile.
-struct Nibbles {
-  using Sums = nibble_sums;
-  static constexpr int64_t kStep = 64;  // bytes of four k's
-};
-struct WholeBytes {
-  using Sums = i32x16;
-  static constexpr int64_t kStep = 128;
-};
-
-OCTAVO_INLINE void load_step(Nibbles, const uint8_t* codes, u8x64 (&w)[kHalves]) {
-  __builtin_prefetch(codes + kAhead);
-  const u8x64 packed = load_u8(codes);
-  w[0] = low_nibbles(packed);
-  w[1] = high_nibbles(packed);
+OCTAVO_INLINE u8x64 fetch(const uint8_t* p) {
+  __builtin_prefetch(p + kAhead);
+  return load_u8(p);
 }
-OCTAVO_INLINE void load_step(WholeBytes, const uint8_t* codes, u8x64 (&w)[kHalves]) {
-  __builtin_prefetch(codes + kAhead);
-  __builtin_prefetch(codes + kAhead + 64);
-  w[0] = load_bytes(codes);
-  w[1] = load_bytes(codes + 64);
-}
-OCTAVO_INLINE nibble_sums start(Nibbles, int32_t offset) { return start_nibbles(offset); }
-OCTAVO_INLINE i32x16 start(WholeBytes, int32_t offset) { return set1_i32(offset); }
-OCTAVO_INLINE nibble_sums dot(Nibbles, nibble_sums sum, u8x64 w, u8x64 x) { return dot_nibbles(sum, w, x); }
-OCTAVO_INLINE i32x16 dot(WholeBytes, i32x16 sum, u8x64 w, u8x64 x) { return dot_bytes(sum, w, x); }
-OCTAVO_INLINE i32x16 end(Nibbles, nibble_sums sum, int32_t offset) { return end_nibbles(sum, offset); }
-OCTAVO_INLINE i32x16 end(WholeBytes, i32x16 sum, int32_t) { return sum; }
 
-template <typename Codes, int kRows, int kGroup, bool kMinimums>
-void grouped_tile(const GroupedPanel& panel, const GroupedRows& rows, const Output& to) {
-  const int64_t groups = panel.groups, k = groups * kGroup;
-  constexpr Codes kCodes;
-  f32x16 c[kRows][kHalves];
-  OCTAVO_UNROLL
-  for (int i = 0; i < kRows; ++i) c[i][0] = c[i][1] = set1(0.0f);
-  for (int64_t g = 0; g < groups; ++g) {
-    typename Codes::Sums sums[kRows][kHalves];
-    OCTAVO_UNROLL
-    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = start(kCodes, rows.offsets[i * groups + g]);
-    const uint8_t* codes = panel.codes + g * (kGroup / 4) * Codes::kStep;
-    OCTAVO_UNROLL
-    for (int q = 0; q < kGroup / 4; ++q) {
-      u8x64 w[kHalves];
-      load_step(kCodes, codes + q * Codes::kStep, w);
+// The codes of a step of a unit for 16 columns; `unit` points at the first plane's bytes for them. The planes: pack.cpp.
+template <int kBits, int kStep>
+OCTAVO_INLINE u8x64 load_codes(const uint8_t* unit) {
+  if constexpr (kBits == 8) {
+    __builtin_prefetch(unit + kStep * 128 + kAhead);
+    return load_bytes(unit + kStep * 128);
+  } else if constexpr (kBits >= 4) {
+    const u8x64 low = move_bits<kStep % 2 * 4, 0, 15>(fetch(unit + kStep / 2 * 128));
+    if constexpr (kBits == 5) return low | move_bits<kStep, 4, 1>(fetch(unit + 512));
+    if constexpr (kBits == 6) return low | move_bits<kStep % 4 * 2, 4, 3>(fetch(unit + 512 + kStep / 4 * 128));
+    return low;
+  } else {
+    const u8x64 low = move_bits<kStep % 4 * 2, 0, 3>(fetch(unit + kStep / 4 * 128));
+    if constexpr (kBits == 3) return low | move_bits<kStep, 2, 1>(fetch(unit + 256));
+    return low;
+  }
+}
+
+// Scales (kind 0) or minimums (kind 1) of group g of a block for 16 columns.
+OCTAVO_INLINE f32x16 load_scales(const GroupedPanel& panel, const uint8_t* block, int64_t groups, int64_t g, int kind,
+                                 int64_t column) {
+  const auto* halves = reinterpret_cast<const uint16_t*>(block);
+  if (panel.layout.factors == 0) return load_f16(halves + (kind * groups + g) * kPanel + column);
+  const auto* factors = reinterpret_cast<const int8_t*>(block + panel.layout.factors);
+  return load_f16(halves + kind * kPanel + column) * to_f32(load_i8(factors + (kind * groups + g) * kPanel + column));
+}
+
+OCTAVO_INLINE Output at_column(const Output& to, int64_t column) {
+  return {to.out + column, to.bias ? to.bias + column : nullptr, to.residual ? to.residual + column : nullptr, to.stride,
+          to.columns - column};
+}
+
+#if defined(OCTAVO_ISA_AVX512) || defined(OCTAVO_ISA_AVX2)
+
+// The integer sums of the group whose first step of a unit is kFirst.
+template <int kBits, int kGroup, int kRows, int kVectors, int kFirst>
+OCTAVO_INLINE void multiply_group(const uint8_t* unit, const int8_t* x, int64_t k, const int32_t (&starts)[kRows],
+                                  i32x16 (&totals)[kRows][kVectors]) {
+  constexpr int kSteps = kGroup / 4, kSpan = kMostSteps<kBits> < kSteps ? kMostSteps<kBits> : kSteps;
+  for_each<kSteps / kSpan>([&](auto span) OCTAVO_INLINE_LAMBDA {
+    constexpr int kBegin = decltype(span)::value * kSpan;
+    const auto take = [&](int i, int v, sums sum) OCTAVO_INLINE_LAMBDA {
+      totals[i][v] = kBegin == 0 ? last_sums(sum) : totals[i][v] + last_sums(sum);
+    };
+    if constexpr (kSpan <= 2) {
+      u8x64 w[kSpan][kVectors];
+      for_each<kSpan>([&](auto step) OCTAVO_INLINE_LAMBDA {
+        constexpr int kStep = decltype(step)::value;
+        OCTAVO_UNROLL
+        for (int v = 0; v < kVectors; ++v) w[kStep][v] = load_codes<kBits, kFirst + kBegin + kStep>(unit + v * 64);
+      });
       OCTAVO_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const u8x64 x = broadcast_x4(rows.codes + i * k + g * kGroup + 4 * q);
-        sums[i][0] = dot(kCodes, sums[i][0], w[0], x);
-        sums[i][1] = dot(kCodes, sums[i][1], w[1], x);
+        sums sum[kVectors];
+        OCTAVO_UNROLL
+        for (int v = 0; v < kVectors; ++v) sum[v] = first_sums(0);
+        OCTAVO_UNROLL
+        for (int s = 0; s < kSpan; ++s) {
+          const u8x64 xi = broadcast_x4(x + i * k + 4 * (kBegin + s));
+          OCTAVO_UNROLL
+          for (int v = 0; v < kVectors; ++v) sum[v] = add_products<kBits>(sum[v], w[s][v], xi);
+        }
+        OCTAVO_UNROLL
+        for (int v = 0; v < kVectors; ++v) take(i, v, sum[v]);
+      }
+    } else {
+      sums sum[kRows][kVectors];
+      OCTAVO_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        OCTAVO_UNROLL
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = first_sums(kBegin == 0 ? starts[i] : 0);
+      }
+      for_each<kSpan>([&](auto step) OCTAVO_INLINE_LAMBDA {
+        constexpr int kStep = kBegin + decltype(step)::value;
+        u8x64 w[kVectors];
+        OCTAVO_UNROLL
+        for (int v = 0; v < kVectors; ++v) w[v] = load_codes<kBits, kFirst + kStep>(unit + v * 64);
+        OCTAVO_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          const u8x64 xi = broadcast_x4(x + i * k + 4 * kStep);
+          OCTAVO_UNROLL
+          for (int v = 0; v < kVectors; ++v) sum[i][v] = add_products<kBits>(sum[i][v], w[v], xi);
+        }
+      });
+      OCTAVO_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        OCTAVO_UNROLL
+        for (int v = 0; v < kVectors; ++v) take(i, v, sum[i][v]);
       }
     }
+  });
+}
+
+template <int kBits, int kGroup, int kRows, int kVectors>
+void grouped_tile(const GroupedPanel& panel, int64_t column, const QuantizedRows& rows, const Output& to) {
+  constexpr int kParts = 32 / kGroup;  // groups of a unit
+  const GroupedLayout& layout = panel.layout;
+  const int64_t groups = panel.groups, k = groups * kGroup, groups_of_block = layout.block_columns / kGroup;
+  f32x16 c[kRows][kVectors];
+  OCTAVO_UNROLL
+  for (int i = 0; i < kRows; ++i) {
     OCTAVO_UNROLL
-    for (int h = 0; h < kHalves; ++h) {
-      const int64_t at = g * kPanel + h * kLanes;
-      const f32x16 scale = load_scales(panel.scales, at, panel.scales_f32);
-      OCTAVO_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const i32x16 sum = end(kCodes, sums[i][h], rows.offsets[i * groups + g]);
-        c[i][h] = fma(to_f32(sum), scale * set1(rows.scales[i * groups + g]), c[i][h]);
-      }
-      if constexpr (kMinimums) {
-        const f32x16 minimum = load_scales(panel.minimums, at, panel.scales_f32);
+    for (int v = 0; v < kVectors; ++v) c[i][v] = set1(0.0f);
+  }
+  const uint8_t* block = panel.data;
+  for (int64_t first = 0; first < groups; first += groups_of_block, block += layout.block) {
+    const uint8_t* unit = block + layout.header + column * 4;
+    for (int64_t in_block = 0; in_block < groups_of_block; in_block += kParts, unit += layout.unit) {
+      for_each<kParts>([&](auto part) OCTAVO_INLINE_LAMBDA {
+        constexpr int kPart = decltype(part)::value;
+        const int64_t g = first + in_block + kPart;
+        if (kPart > 0 && g >= groups) return;  // half a unit at the end
+        int32_t starts[kRows];
         OCTAVO_UNROLL
-        for (int i = 0; i < kRows; ++i) c[i][h] = fma(minimum, set1(rows.scaled_sums[i * groups + g]), c[i][h]);
-      }
+        for (int i = 0; i < kRows; ++i) starts[i] = panel.shift * rows.sums[i * groups + g];
+        i32x16 totals[kRows][kVectors];
+        multiply_group<kBits, kGroup, kRows, kVectors, kPart * kUnitSteps / kParts>(unit, rows.codes + g * kGroup, k, starts,
+                                                                                   totals);
+        OCTAVO_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          const f32x16 scale = load_scales(panel, block, groups_of_block, in_block + kPart, 0, column + v * kLanes);
+          OCTAVO_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            const i32x16 sum = panel.shift == 0 ? totals[i][v] : add_start(totals[i][v], starts[i]);
+            c[i][v] = fma(to_f32(sum), scale * set1(rows.scales[i * groups + g]), c[i][v]);
+          }
+          if (panel.has_minimums) {
+            const f32x16 minimum = load_scales(panel, block, groups_of_block, in_block + kPart, 1, column + v * kLanes);
+            OCTAVO_UNROLL
+            for (int i = 0; i < kRows; ++i) c[i][v] = fma(minimum, set1(rows.scaled_sums[i * groups + g]), c[i][v]);
+          }
+        }
+      });
     }
   }
-  finish<kRows>(c, to);
+  finish(c, to);
+}
+
+// kRows rows of one panel: both vectors of columns at once, or one after the other.
+template <int kBits, int kGroup, int kRows>
+OCTAVO_INLINE void grouped_tiles(const GroupedPanel& panel, const QuantizedRows& rows, const Output& to) {
+  if constexpr (kRows > kMostRows<kBits>) {
+  } else if constexpr (kRows <= kRowsOfWholePanels) {
+    grouped_tile<kBits, kGroup, kRows, kHalves>(panel, 0, rows, to);
+  } else {
+    grouped_tile<kBits, kGroup, kRows, 1>(panel, 0, rows, to);
+    if (to.columns > kLanes) grouped_tile<kBits, kGroup, kRows, 1>(panel, kLanes, rows, at_column(to, kLanes));
+  }
 }
 
 // Rows count of one panel, in tiles as equal as can be.
-template <typename Codes, int kGroup, bool kMinimums>
-void grouped_rows(const GroupedPanel& panel, GroupedRows rows, Output to, int64_t count) {
+template <int kBits, int kGroup>
+void grouped_rows(const GroupedPanel& panel, QuantizedRows rows, Output to, int64_t count) {
   const int64_t k = panel.groups * kGroup;
-  for (int64_t tiles = (count + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+  for (int64_t tiles = (count + kMostRows<kBits> - 1) / kMostRows<kBits>; tiles > 0; --tiles) {
     const int64_t taken = (count + tiles - 1) / tiles;
     switch (taken) {
-      case 1: grouped_tile<Codes, 1, kGroup, kMinimums>(panel, rows, to); break;
-      case 2: grouped_tile<Codes, 2, kGroup, kMinimums>(panel, rows, to); break;
-#if !defined(OCTAVO_ISA_AVX2)
-      case 3: grouped_tile<Codes, 3, kGroup, kMinimums>(panel, rows, to); break;
-      case 4: grouped_tile<Codes, 4, kGroup, kMinimums>(panel, rows, to); break;
-#endif
-#if defined(OCTAVO_ISA_AVX512)
-      case 5: grouped_tile<Codes, 5, kGroup, kMinimums>(panel, rows, to); break;
-      case 6: grouped_tile<Codes, 6, kGroup, kMinimums>(panel, rows, to); break;
-#endif
-      default: break;
+      case 1: grouped_tiles<kBits, kGroup, 1>(panel, rows, to); break;
+      case 2: grouped_tiles<kBits, kGroup, 2>(panel, rows, to); break;
+      case 3: grouped_tiles<kBits, kGroup, 3>(panel, rows, to); break;
+      case 4: grouped_tiles<kBits, kGroup, 4>(panel, rows, to); break;
+      case 5: grouped_tiles<kBits, kGroup, 5>(panel, rows, to); break;
+      default: grouped_tiles<kBits, kGroup, 6>(panel, rows, to); break;
     }
     rows.codes += taken * k;
     rows.scales += taken * panel.groups;
-    rows.offsets += taken * panel.groups;
+    rows.sums += taken * panel.groups;
     rows.scaled_sums += taken * panel.groups;
     to.out += taken * to.stride;
     if (to.residual) to.residual += taken * to.stride;
@@ -205,112 +282,212 @@ void grouped_rows(const GroupedPanel& panel, GroupedRows rows, Output to, int64_
   }
 }
 
-template <typename Codes>
-void grouped_rows(const PackedWeight& weight, const GroupedPanel& panel, const GroupedRows& rows, const Output& to,
+// The pairs that describe() makes (pack.cpp).
+void grouped_rows(int32_t bits, int32_t group, const GroupedPanel& panel, const QuantizedRows& rows, const Output& to,
                   int64_t count) {
-  if (weight.group == 32) {
-    if (weight.minimums) grouped_rows<Codes, 32, true>(panel, rows, to, count);
-    else grouped_rows<Codes, 32, false>(panel, rows, to, count);
-  } else {
-    if (weight.minimums) grouped_rows<Codes, 16, true>(panel, rows, to, count);
-    else grouped_rows<Codes, 16, false>(panel, rows, to, count);
+  if (group == 32) {
+    if (bits == 4) return grouped_rows<4, 32>(panel, rows, to, count);
+    if (bits == 5) return grouped_rows<5, 32>(panel, rows, to, count);
+    return grouped_rows<8, 32>(panel, rows, to, count);
+  }
+  if (bits == 2) return grouped_rows<2, 16>(panel, rows, to, count);
+  if (bits == 3) return grouped_rows<3, 16>(panel, rows, to, count);
+  if (bits == 6) return grouped_rows<6, 16>(panel, rows, to, count);
+  return grouped_rows<8, 16>(panel, rows, to, count);
+}
+
+#else
+
+// Without vectors: the codes of a unit are taken apart once for up to kTileRows rows, then plain loops.
+template <int kBits>
+void decode_unit(const uint8_t* unit, uint8_t (&w)[kUnitSteps][kHalves][64]) {
+  for_each<kUnitSteps>([&](auto step) {
+    constexpr int kStep = decltype(step)::value;
+    for (int v = 0; v < kHalves; ++v) {
+      const u8x64 codes = load_codes<kBits, kStep>(unit + v * 64);
+      memcpy(w[kStep][v], codes.v, sizeof codes.v);
+    }
+  });
+}
+
+void decode_unit(int32_t bits, const uint8_t* unit, uint8_t (&w)[kUnitSteps][kHalves][64]) {
+  switch (bits) {
+    case 2: return decode_unit<2>(unit, w);
+    case 3: return decode_unit<3>(unit, w);
+    case 4: return decode_unit<4>(unit, w);
+    case 5: return decode_unit<5>(unit, w);
+    case 6: return decode_unit<6>(unit, w);
+    default: return decode_unit<8>(unit, w);
   }
 }
 
-Output output_of(const LinearArgs& args, int64_t row, int64_t panel) {
-  const int64_t column = panel * kPanel, at = row * args.out_stride + column;
-  return {args.out + at, args.bias ? args.bias + column : nullptr, args.residual ? args.residual + at : nullptr,
-          args.out_stride, args.weight->n - column};
+// Adds one group of one row: `steps` steps of weights, four k's each.
+void add_group(const GroupedPanel& panel, const uint8_t* block, int64_t groups_of_block, int64_t in_block,
+               const uint8_t (*w)[kHalves][64], int64_t steps, const int8_t* x, int32_t start, float scale, float scaled_sum,
+               f32x16 (&c)[kHalves]) {
+  for (int v = 0; v < kHalves; ++v) {
+    i32x16 sum = set1_i32(start);
+    for (int64_t s = 0; s < steps; ++s) sum = dot(sum, load_u8(w[s][v]), broadcast_x4(x + 4 * s));
+    const int64_t column = v * kLanes;
+    c[v] = fma(to_f32(sum), load_scales(panel, block, groups_of_block, in_block, 0, column) * set1(scale), c[v]);
+    if (panel.has_minimums) {
+      c[v] = fma(load_scales(panel, block, groups_of_block, in_block, 1, column), set1(scaled_sum), c[v]);
+    }
+  }
+}
+
+void grouped_rows(int32_t bits, int32_t group, const GroupedPanel& panel, const QuantizedRows& rows, const Output& to,
+                  int64_t count) {
+  const GroupedLayout& layout = panel.layout;
+  const int64_t groups = panel.groups, k = groups * group, groups_of_block = layout.block_columns / group;
+  for (int64_t row = 0; row < count; row += kTileRows) {
+    const int64_t taken = count - row < kTileRows ? count - row : kTileRows;
+    f32x16 c[kTileRows][kHalves];
+    for (int i = 0; i < kTileRows; ++i) c[i][0] = c[i][1] = set1(0.0f);
+    for (int64_t first = 0; first < k; first += 32) {
+      const uint8_t* block = panel.data + first / layout.block_columns * layout.block;
+      const int64_t in_block = first % layout.block_columns;
+      uint8_t w[kUnitSteps][kHalves][64];
+      decode_unit(bits, block + layout.header + in_block / 32 * layout.unit, w);
+      for (int64_t i = 0; i < taken; ++i) {
+        for (int64_t j = first; j < first + 32 && j < k; j += group) {
+          const int64_t at = (row + i) * groups + j / group;
+          add_group(panel, block, groups_of_block, (in_block + j - first) / group, w + (j - first) / 4, group / 4,
+                    rows.codes + (row + i) * k + j, panel.shift * rows.sums[at], rows.scales[at], rows.scaled_sums[at], c[i]);
+        }
+      }
+    }
+    for (int64_t i = 0; i < taken; ++i) {
+      const f32x16 one[1][kHalves] = {{c[i][0], c[i][1]}};
+      const int64_t shift = (row + i) * to.stride;
+      finish(one, {to.out + shift, to.bias, to.residual ? to.residual + shift : nullptr, to.stride, to.columns});
+    }
+  }
+}
+
+#endif
+
+Output output_of(const LinearArgs& args, int64_t panel) {
+  const int64_t column = panel * kPanel;
+  return at_column({args.out, args.bias, args.residual, args.out_stride, args.weight->n}, column);
 }
 
 void grouped_linear(const LinearArgs& args, int64_t panel_begin, int64_t panel_end) {
   const PackedWeight& weight = *args.weight;
-  const int64_t k = weight.k, groups = k / weight.group;
-  const bool nibbles = weight.kind == WeightKind::kInt4;
-  const int64_t step_bytes = nibbles ? 64 : 128;
-  const int64_t scale_bytes = weight.scales_f32 ? 4 : 2;
-  const auto* scales = static_cast<const uint8_t*>(weight.scales);
-  const auto* minimums = static_cast<const uint8_t*>(weight.minimums);
-  const int32_t shift = (nibbles ? 0 : kBytesZero) - weight.zero;
-  auto* offsets = reinterpret_cast<int32_t*>(args.scratch);
-  auto* scaled_sums = reinterpret_cast<float*>(offsets + kRowBlock * groups);
-  for (int64_t row = 0; row < args.rows; row += kRowBlock) {
-    const int64_t count = args.rows - row < kRowBlock ? args.rows - row : kRowBlock;
-    const GroupedRows rows = {args.quantized.codes + row * k, args.quantized.scales + row * groups, offsets,
-                              scaled_sums};
-    const int32_t* sums = args.quantized.sums + row * groups;
-    for (int64_t i = 0; i < count * groups; ++i) {
-      offsets[i] = static_cast<int32_t>(static_cast<uint32_t>(shift) * static_cast<uint32_t>(sums[i]));
-      scaled_sums[i] = rows.scales[i] * static_cast<float>(sums[i]);
-    }
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
-      const int64_t first = p * groups * kPanel * scale_bytes;
-      const GroupedPanel panel = {weight.codes + p * (k / 4) * step_bytes, scales + first,
-                                  minimums ? minimums + first : nullptr, weight.scales_f32, groups};
-      const Output to = output_of(args, row, p);
-      if (nibbles) {
-        grouped_rows<Nibbles>(weight, panel, rows, to, count);
-      } else {
-        grouped_rows<WholeBytes>(weight, panel, rows, to, count);
-      }
-    }
+  const GroupedLayout layout = layout_of(weight);
+  const int32_t shift = (weight.bits == 8 ? kBytesZero : 0) - weight.zero;
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const GroupedPanel panel = {weight.data + p * layout.panel, layout, weight.k / weight.group, shift, weight.has_minimums};
+    grouped_rows(weight.bits, weight.group, panel, args.quantized, output_of(args, p), args.rows);
   }
 }
 
 // ---- dense weights -----------------------------------------------------------------------------------------------
 
 template <WeightKind kKind>
-OCTAVO_INLINE f32x16 load_dense(const uint8_t* codes, int64_t index) {
-  if constexpr (kKind == WeightKind::kF32) return load(reinterpret_cast<const float*>(codes) + index);
-  else if constexpr (kKind == WeightKind::kF16) return load_f16(reinterpret_cast<const uint16_t*>(codes) + index);
-  else return load_bf16(reinterpret_cast<const uint16_t*>(codes) + index);
+OCTAVO_INLINE f32x16 load_dense(const uint8_t* data, int64_t index) {
+  if constexpr (kKind == WeightKind::kF32) return load(reinterpret_cast<const float*>(data) + index);
+  else if constexpr (kKind == WeightKind::kF16) return load_f16(reinterpret_cast<const uint16_t*>(data) + index);
+  else return load_bf16(reinterpret_cast<const uint16_t*>(data) + index);
 }
 
-template <WeightKind kKind, int kRows>
-void dense_tile(const uint8_t* codes, const float* x, int64_t k, const Output& to) {
-  f32x16 c[kRows][kHalves];
+template <WeightKind kKind, int kRows, int kVectors>
+void dense_tile(const uint8_t* data, const float* x, int64_t k, const Output& to) {
+  f32x16 c[kRows][kVectors];
   OCTAVO_UNROLL
-  for (int i = 0; i < kRows; ++i) c[i][0] = c[i][1] = set1(0.0f);
-  constexpr int64_t kStep = kPanel * (kKind == WeightKind::kF32 ? 4 : 2);
+  for (int i = 0; i < kRows; ++i) {
+    OCTAVO_UNROLL
+    for (int v = 0; v < kVectors; ++v) c[i][v] = set1(0.0f);
+  }
+  constexpr int64_t kElement = kKind == WeightKind::kF32 ? 4 : 2;
   for (int64_t j = 0; j < k; ++j) {
-    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(codes + j * kStep + kAhead + line);
-    const f32x16 w0 = load_dense<kKind>(codes, j * kPanel), w1 = load_dense<kKind>(codes, j * kPanel + kLanes);
+    f32x16 w[kVectors];
+    OCTAVO_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(data + (j * kPanel + v * kLanes) * kElement + kAhead);
+      w[v] = load_dense<kKind>(data, j * kPanel + v * kLanes);
+    }
     OCTAVO_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const f32x16 xi = set1(x[i * k + j]);
-      c[i][0] = fma(w0, xi, c[i][0]);
-      c[i][1] = fma(w1, xi, c[i][1]);
+      OCTAVO_UNROLL
+      for (int v = 0; v < kVectors; ++v) c[i][v] = fma(w[v], xi, c[i][v]);
     }
   }
-  finish<kRows>(c, to);
+  finish(c, to);
+}
+
+template <WeightKind kKind, int kRows>
+OCTAVO_INLINE void dense_tiles(const uint8_t* data, const float* x, int64_t k, const Output& to) {
+  constexpr int64_t kElement = kKind == WeightKind::kF32 ? 4 : 2;
+  if constexpr (kRows > kTileRows) {
+  } else if constexpr (kRows <= kRowsOfWholePanels) {
+    dense_tile<kKind, kRows, kHalves>(data, x, k, to);
+  } else {
+    dense_tile<kKind, kRows, 1>(data, x, k, to);
+    if (to.columns > kLanes) dense_tile<kKind, kRows, 1>(data + kLanes * kElement, x, k, at_column(to, kLanes));
+  }
 }
 
 template <WeightKind kKind>
 void dense_linear(const LinearArgs& args, int64_t panel_begin, int64_t panel_end) {
-  const int64_t k = args.weight->k, element = kKind == WeightKind::kF32 ? 4 : 2;
+  const int64_t k = args.weight->k;
+  constexpr int64_t kElement = kKind == WeightKind::kF32 ? 4 : 2;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const uint8_t* codes = args.weight->codes + p * k * kPanel * element;
-    int64_t row = 0;
-    for (int64_t tiles = (args.rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
-      const int64_t taken = (args.rows - row + tiles - 1) / tiles;
-      const float* x = args.x + row * k;
-      const Output to = output_of(args, row, p);
+    const uint8_t* data = args.weight->data + p * k * kPanel * kElement;
+    const float* x = args.x;
+    Output to = output_of(args, p);
+    int64_t count = args.rows;
+    for (int64_t tiles = (count + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+      const int64_t taken = (count + tiles - 1) / tiles;
       switch (taken) {
-        case 1: dense_tile<kKind, 1>(codes, x, k, to); break;
-        case 2: dense_tile<kKind, 2>(codes, x, k, to); break;
-#if !defined(OCTAVO_ISA_AVX2)
-        case 3: dense_tile<kKind, 3>(codes, x, k, to); break;
-        case 4: dense_tile<kKind, 4>(codes, x, k, to); break;
-#endif
-#if defined(OCTAVO_ISA_AVX512)
-        case 5: dense_tile<kKind, 5>(codes, x, k, to); break;
-        case 6: dense_tile<kKind, 6>(codes, x, k, to); break;
-#endif
-        default: break;
+        case 1: dense_tiles<kKind, 1>(data, x, k, to); break;
+        case 2: dense_tiles<kKind, 2>(data, x, k, to); break;
+        case 3: dense_tiles<kKind, 3>(data, x, k, to); break;
+        case 4: dense_tiles<kKind, 4>(data, x, k, to); break;
+        case 5: dense_tiles<kKind, 5>(data, x, k, to); break;
+        default: dense_tiles<kKind, 6>(data, x, k, to); break;
       }
-      row += taken;
+      x += taken * k;
+      to.out += taken * to.stride;
+      if (to.residual) to.residual += taken * to.stride;
+      count -= taken;
     }
   }
+}
+
+// ---- one row of a weight -------------------------------------------------------------------------------------------
+
+template <WeightKind kKind>
+void dense_row(const PackedWeight& weight, int64_t row, float* out) {
+  const int64_t first = row / kPanel * weight.k * kPanel + row % kPanel;
+  for (int64_t j = 0; j < weight.k; ++j) {
+    const int64_t at = first + j * kPanel;
+    if constexpr (kKind == WeightKind::kF32) out[j] = reinterpret_cast<const float*>(weight.data)[at];
+    else if constexpr (kKind == WeightKind::kF16) out[j] = f16_to_f32(reinterpret_cast<const uint16_t*>(weight.data)[at]);
+    else out[j] = bf16_to_f32(reinterpret_cast<const uint16_t*>(weight.data)[at]);
+  }
+}
+
+// Code j of a unit; `unit` points at the first plane's byte for the column and j % 4.
+int32_t code_at(const uint8_t* unit, int32_t bits, int64_t j) {
+  const int64_t step = j / 4;
+  const uint8_t* byte = unit + j % 4;
+  if (bits == 8) return byte[step * 128];
+  const uint8_t* rest = byte + (bits >= 4 ? 512 : 256);
+  const int32_t pair_shift = static_cast<int32_t>(step % 4 * 2), shift = static_cast<int32_t>(step);
+  const int32_t low = bits >= 4 ? byte[step / 2 * 128] >> step % 2 * 4 & 15 : byte[step / 4 * 128] >> pair_shift & 3;
+  if (bits == 3) return low | (rest[0] >> shift & 1) << 2;
+  if (bits == 5) return low | (rest[0] >> shift & 1) << 4;
+  if (bits == 6) return low | (rest[step / 4 * 128] >> pair_shift & 3) << 4;
+  return low;
+}
+
+float scale_at(const GroupedLayout& layout, const uint8_t* block, int64_t groups, int64_t g, int64_t kind, int64_t column) {
+  const auto* halves = reinterpret_cast<const uint16_t*>(block);
+  if (layout.factors == 0) return f16_to_f32(halves[(kind * groups + g) * kPanel + column]);
+  const auto* factors = reinterpret_cast<const int8_t*>(block + layout.factors);
+  return f16_to_f32(halves[kind * kPanel + column]) * static_cast<float>(factors[(kind * groups + g) * kPanel + column]);
 }
 
 }  // namespace
@@ -326,41 +503,23 @@ void linear(const LinearArgs* args, int64_t panel_begin, int64_t panel_end) {
 
 // One row as GroupedTensor.dequantize has it: the product rounded, then the sum.
 void embed_row(const PackedWeight* weight, int64_t row, float* out) {
-  const int64_t k = weight->k, panel = row / kPanel, column = row % kPanel;
-  const int64_t first = panel * k * kPanel;
   switch (weight->kind) {
-    case WeightKind::kF32:
-      for (int64_t j = 0; j < k; ++j)
-        out[j] = reinterpret_cast<const float*>(weight->codes)[first + j * kPanel + column];
-      return;
-    case WeightKind::kF16:
-      for (int64_t j = 0; j < k; ++j) {
-        out[j] = f16_to_f32(reinterpret_cast<const uint16_t*>(weight->codes)[first + j * kPanel + column]);
-      }
-      return;
-    case WeightKind::kBF16:
-      for (int64_t j = 0; j < k; ++j) {
-        out[j] = bf16_to_f32(reinterpret_cast<const uint16_t*>(weight->codes)[first + j * kPanel + column]);
-      }
-      return;
+    case WeightKind::kF32: return dense_row<WeightKind::kF32>(*weight, row, out);
+    case WeightKind::kF16: return dense_row<WeightKind::kF16>(*weight, row, out);
+    case WeightKind::kBF16: return dense_row<WeightKind::kBF16>(*weight, row, out);
     default: break;
   }
-  const bool nibbles = weight->kind == WeightKind::kInt4;
-  const int shift = nibbles && column >= kLanes ? 4 : 0, mask = nibbles ? 15 : 255;
-  const int64_t step = nibbles ? 64 : 128;
-  const uint8_t* codes = weight->codes + panel * (k / 4) * step + 4 * (nibbles ? column % kLanes : column);
-  const int64_t groups = k / weight->group;
-  const auto* scales = static_cast<const uint8_t*>(weight->scales);
-  const auto* minimums = static_cast<const uint8_t*>(weight->minimums);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t at = (panel * groups + g) * kPanel + column;
-    const float scale = load_scale(scales, at, weight->scales_f32);
-    const float minimum = minimums ? load_scale(minimums, at, weight->scales_f32) : 0.0f;
-    for (int64_t j = g * weight->group; j < (g + 1) * weight->group; ++j) {
-      const int32_t code = (codes[j / 4 * step + j % 4] >> shift) & mask;
-      const float value = scale * static_cast<float>(code - weight->zero);
-      out[j] = minimums ? value + minimum : value;
-    }
+  const GroupedLayout layout = layout_of(*weight);
+  const int64_t column = row % kPanel, half = column / kLanes * 64 + column % kLanes * 4;
+  const int64_t groups = layout.block_columns / weight->group;
+  const uint8_t* panel = weight->data + row / kPanel * layout.panel;
+  for (int64_t j = 0; j < weight->k; ++j) {
+    const uint8_t* block = panel + j / layout.block_columns * layout.block;
+    const int64_t in_block = j % layout.block_columns, g = in_block / weight->group;
+    const uint8_t* unit = block + layout.header + in_block / 32 * layout.unit + half;
+    const float value = scale_at(layout, block, groups, g, 0, column) *
+                        static_cast<float>(code_at(unit, weight->bits, in_block % 32) - weight->zero);
+    out[j] = weight->has_minimums ? value + scale_at(layout, block, groups, g, 1, column) : value;
   }
 }
 

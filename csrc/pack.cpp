@@ -1,26 +1,28 @@
 // From the stored forms of graph/tensors.py to PackedWeight: the layout that linear and embed_row read.
 //
-// A weight is cut into panels of 32 columns (output features), the last one padded with zeros. Grouped weights, a
-// panel:
-//   kInt8: [k / 4][32 columns][4 k's] bytes, so that 64 bytes are the u8 operand of vpdpbusd for 16 columns;
-//   kInt4: [k / 4][16 columns][4 k's] bytes, the low nibble for column c, the high nibble for column c + 16: 64 bytes
-//   hold
-//     one step of all 32 columns, one load and two masks away from vpdpbusd;
-//   scales, minimums: [k / group][32 columns], float16 where the file has only float16 (bits untouched), else
-//     float32.
+// A weight is cut into panels of 32 columns (output features), the last one padded with zeros.
+//
+// A panel of a grouped weight is a sequence of blocks (GroupedLayout): 256 k's, or 32 if the scales have one level. A block:
+//   one level:  scales [groups][32] float16, minimums alike;
+//   two levels: d [32] float16, minimums' d alike; factors [groups][32] int8, minimums' factors alike: as in the K-quants, bit for
+//               bit, but that a factor of 4 or 6 bits takes 8;
+//   then the codes, in units of 32 k's = 8 steps of four. What a step of 16 columns needs at once is 64 bytes [16 columns][4 k's],
+//   the u8 operand of vpdpbusd; planes hold the bits of several steps in one such vector, columns 0 to 15 and 16 to 31 in turn:
+//     4 to 6 bits: four pairs of vectors of nibbles, the even step low;
+//     2, 3, 6 bits: two pairs of vectors with two bits (the upper ones of 6) of four steps;
+//     3, 5 bits: one pair with the uppermost bit of eight steps; 8 bits: eight pairs of bytes.
+//   Groups of 32 have codes of 4, 5 or 8 bits, groups of 16 of 2, 3, 6 or 8, as in GGUF; others are kept in the next. A group of 16 at the end of k leaves half a unit unused.
 // Dense weights, a panel: [k][32 columns] in the file's type.
 //
-// Packing goes block by block: the codes of 32 rows are gathered into bytes [32][block], then transposed in 4 x 4
-// words. A plane's table (byte_of, shift_of) is cut into runs once a call: bytes in sequence with one shift, or the
-// eight bits of one byte, go sixteen or eight codes at a time with the vectors of the compiler (SSE2, NEON), anything
-// else goes one by one. Measured 2026-11-23 on a 2-core AMD EPYC Zen 5 VM, one thread: nanoseconds a weight Q4_1 0.13,
-// Q8_0 0.22, Q5_1 0.34, Q4_K 0.15, Q6_K 0.26 (0.02 to 0.05 s for 134 million weights; tests/linear_bench.cpp).
+// Packing goes block by block: the codes of 32 rows are gathered into bytes [32][block], transposed in 4 x 4 words to steps, and
+// their bits cut into planes. A plane's table (byte_of, shift_of) is cut into runs once a call: bytes in sequence with one shift,
+// or the eight bits of one byte, go sixteen or eight codes at a time with the vectors of the compiler (SSE2, NEON), anything else
+// goes one by one.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "kernels.h"
-#include "simd.h"
 
 namespace octavo {
 namespace {
@@ -37,8 +39,6 @@ T load_as(const void* from) {
 }
 
 int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
-
-size_t padded(int64_t bytes) { return (static_cast<size_t>(bytes) + 63) / 64 * 64; }
 
 // ---- gathering the codes of rows -----------------------------------------------------------------------------------
 
@@ -124,55 +124,109 @@ void transpose(const Words (&r)[4], uint8_t* out, int64_t stride) {
   for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &columns[i], sizeof columns[i]);
 }
 
-// codes[32][count] bytes to [count / 4][16][4] pairs of nibbles, or [count / 4][32][4] bytes.
-void interleave(const uint8_t* codes, int64_t count, bool nibbles, uint8_t* out) {
-  const int64_t columns = nibbles ? kPanel / 2 : kPanel, step = columns * 4;
-  for (int64_t j = 0; j < count; j += 16) {
-    for (int64_t c = 0; c < columns; c += 4) {
+constexpr int64_t kUnit = 32;  // k's
+
+// A vector of codes of one step: [16 columns][4 k's].
+struct Step {
+  uint64_t words[8];
+};
+
+// codes[32][stride] from column j on, 32 of them, to steps [8][2 halves].
+void transpose_unit(const uint8_t* codes, int64_t stride, Step (&steps)[8][2]) {
+  for (int64_t j = 0; j < kUnit; j += 16) {
+    for (int64_t c = 0; c < kPanel; c += 4) {
       Words r[4];
-      for (int64_t i = 0; i < 4; ++i) {
-        const uint8_t* row = codes + (c + i) * count + j;
-        r[i] = load_as<Words>(row);
-        if (nibbles) r[i] |= load_as<Words>(row + (kPanel / 2) * count) << 4;
-      }
-      transpose(r, out + (j / 4) * step + c * 4, step);
+      for (int64_t i = 0; i < 4; ++i) r[i] = load_as<Words>(codes + (c + i) * stride + j);
+      uint8_t* to = reinterpret_cast<uint8_t*>(&steps[j / 4][c / 16]) + c % 16 * 4;
+      transpose(r, to, sizeof steps[0]);
     }
   }
 }
 
-// [rows][groups] of the file to [groups][32 columns].
-template <typename From, typename To, To (*kConvert)(From)>
-void pack_scales(const ScaleView& view, int64_t groups, int64_t row, int64_t rows, void* out) {
-  auto* to = static_cast<To*>(out) + row * groups;
-  const uint8_t* from = view.data + row * view.row_stride;
-  for (int64_t g = 0; g < groups; ++g, from += view.group_stride, to += kPanel) {
-    for (int64_t c = 0; c < kPanel; ++c) to[c] = c < rows ? kConvert(load_as<From>(from + c * view.row_stride)) : To{};
+// Bits kLow to kLow + kWidth of 8 / kWidth steps, from the first one on, side by side in each byte.
+template <int kLow, int kWidth>
+uint8_t* put_plane(const Step (&steps)[8][2], uint8_t* out) {
+  constexpr int kTogether = 8 / kWidth;
+  constexpr uint64_t kMask = 0x0101010101010101u * ((1u << kWidth) - 1);
+  for (int first = 0; first < 8; first += kTogether) {
+    for (int half = 0; half < 2; ++half, out += sizeof(Step)) {
+      Step packed{};
+      for (int i = 0; i < kTogether; ++i) {
+        for (int w = 0; w < 8; ++w) packed.words[w] |= (steps[first + i][half].words[w] >> kLow & kMask) << (kWidth * i);
+      }
+      std::memcpy(out, &packed, sizeof packed);
+    }
   }
+  return out;
 }
 
-uint16_t same_f16(uint16_t h) { return h; }
-float same_f32(float x) { return x; }
-float widen_f16(uint16_t h) { return scalar::f16_to_f32(h); }
-
-void pack_scales(const ScaleView& view, bool as_f32, int64_t groups, int64_t row, int64_t rows, void* out) {
-  if (!as_f32) {
-    pack_scales<uint16_t, uint16_t, same_f16>(view, groups, row, rows, out);
-  } else if (view.is_f32) {
-    pack_scales<float, float, same_f32>(view, groups, row, rows, out);
+void put_unit(const Step (&steps)[8][2], int32_t bits, uint8_t* out) {
+  if (bits == 8) {
+    std::memcpy(out, steps, sizeof steps);
+  } else if (bits >= 4) {
+    out = put_plane<0, 4>(steps, out);
+    if (bits == 5) put_plane<4, 1>(steps, out);
+    if (bits == 6) put_plane<4, 2>(steps, out);
   } else {
-    pack_scales<uint16_t, float, widen_f16>(view, groups, row, rows, out);
+    out = put_plane<0, 2>(steps, out);
+    if (bits == 3) put_plane<2, 1>(steps, out);
   }
 }
 
-bool needs_f32(const GroupedView& view) { return view.scales.is_f32 || (view.minimums.data && view.minimums.is_f32); }
+// Codes of one block of 32 rows at a time, gathered from their planes.
+class Gatherer {
+ public:
+  Gatherer(const CodesView& view, int64_t columns, int64_t stride)
+      : view_(view), columns_(columns), stride_(stride), codes_(static_cast<size_t>(kPanel * stride)) {
+    for (int32_t i = 0; i < view.num_planes; ++i) runs_[i] = runs_of(view.planes[i]);
+  }
 
-// Elements of a row gathered at a time: the longest block of the planes, whole steps of 16.
-int64_t chunk_of(const GroupedView& view) {
-  int64_t longest = 16;
-  for (int32_t i = 0; i < view.num_planes; ++i) longest = std::max<int64_t>(longest, view.planes[i].block_len);
-  bool fits = longest % 16 == 0 && view.k % longest == 0;
-  for (int32_t i = 0; i < view.num_planes; ++i) fits = fits && longest % view.planes[i].block_len == 0;
-  return fits ? longest : view.k;
+  // Columns first to first + columns of rows row to row + rows; the others are 0. [32][stride]
+  const uint8_t* gather(int64_t row, int64_t rows, int64_t first) {
+    std::memset(codes_.data(), 0, codes_.size());
+    for (int32_t i = 0; i < view_.num_planes; ++i) {
+      const PlaneView& plane = view_.planes[i];
+      for (int64_t block = first / plane.block_len; block * plane.block_len < first + columns_; ++block) {
+        const uint8_t* data = plane.data + row * plane.row_stride + block * plane.block_stride;
+        octavo::gather(plane, runs_[i], data, rows, codes_.data() + block * plane.block_len - first, stride_);
+      }
+    }
+    return codes_.data();
+  }
+
+ private:
+  const CodesView& view_;
+  int64_t columns_, stride_;
+  std::vector<Run> runs_[3];
+  std::vector<uint8_t> codes_;
+};
+
+// Columns that are gathered at a time: whole blocks of every plane and of the layout.
+int64_t chunk_of(const GroupedView& view, int64_t block_columns) {
+  int64_t chunk = block_columns;
+  for (int32_t i = 0; i < view.codes.num_planes; ++i) chunk = std::max<int64_t>(chunk, view.codes.planes[i].block_len);
+  bool fits = view.k % chunk == 0 && chunk % block_columns == 0;
+  for (int32_t i = 0; i < view.codes.num_planes; ++i) fits = fits && chunk % view.codes.planes[i].block_len == 0;
+  return fits ? chunk : view.k;
+}
+
+// One float16 a step of a row, [count][32], from [rows][steps] of the file.
+void pack_halves(const ScaleView& view, int64_t row, int64_t rows, int64_t first, int64_t count, uint8_t* out) {
+  const uint8_t* from = view.data + row * view.row_stride + first * view.step_stride;
+  for (int64_t g = 0; g < count; ++g, from += view.step_stride, out += kPanel * 2) {
+    for (int64_t c = 0; c < rows; ++c) std::memcpy(out + 2 * c, from + c * view.row_stride, 2);
+  }
+}
+
+// Factors of a block, [groups][32] int8.
+void pack_factors(const ScaleView& view, Gatherer& gatherer, int64_t row, int64_t rows, int64_t first, int64_t groups, uint8_t* out) {
+  const uint8_t* codes = gatherer.gather(row, rows, first);
+  for (int64_t c = 0; c < rows; ++c) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int32_t factor = codes[c * groups + g] - view.factors.zero;
+      out[g * kPanel + c] = static_cast<uint8_t>(view.is_negated ? -factor : factor);
+    }
+  }
 }
 
 template <typename T>
@@ -190,78 +244,84 @@ void pack_dense(const DenseView& view, uint8_t* out, int64_t panel_begin, int64_
 
 }  // namespace
 
-PackedSizes packed_sizes(const GroupedView& view) {
-  const int64_t weights = panels_of(view.n) * kPanel * view.k;
-  const size_t scales = padded(weights / view.group * (needs_f32(view) ? 4 : 2));
-  return {padded(view.bits <= 4 ? weights / 2 : weights), scales, view.minimums.data ? scales : 0};
+// The bits that a code is kept in.
+static int32_t kept_bits(int32_t bits, int32_t group) {
+  if (group == 32) return bits <= 4 ? 4 : bits == 5 ? 5 : 8;
+  return bits <= 2 ? 2 : bits == 3 ? 3 : bits <= 6 ? 6 : 8;
 }
 
-PackedSizes packed_sizes(const DenseView& view) {
-  return {padded(panels_of(view.n) * kPanel * view.k * (view.kind == WeightKind::kF32 ? 4 : 2)), 0, 0};
-}
-
-PackedWeight describe(const GroupedView& view, uint8_t* codes, void* scales, void* minimums) {
-  return {.kind = view.bits <= 4 ? WeightKind::kInt4 : WeightKind::kInt8,
+PackedWeight describe(const GroupedView& view, uint8_t* data) {
+  return {.kind = WeightKind::kGrouped,
           .n = view.n,
           .k = view.k,
+          .bits = kept_bits(view.bits, view.group),
           .group = view.group,
-          .zero = view.zero,
-          .scales_f32 = needs_f32(view),
-          .codes = codes,
-          .scales = scales,
-          .minimums = view.minimums.data ? minimums : nullptr};
+          .zero = view.codes.zero,
+          .two_level = view.scales.factors.num_planes > 0,
+          .has_minimums = view.minimums.data != nullptr,
+          .data = data};
 }
 
-PackedWeight describe(const DenseView& view, uint8_t* codes) {
+PackedWeight describe(const DenseView& view, uint8_t* data) {
   return {.kind = view.kind,
           .n = view.n,
           .k = view.k,
+          .bits = 0,
           .group = 0,
           .zero = 0,
-          .scales_f32 = false,
-          .codes = codes,
-          .scales = nullptr,
-          .minimums = nullptr};
+          .two_level = false,
+          .has_minimums = false,
+          .data = data};
+}
+
+size_t packed_bytes(const PackedWeight& weight) {
+  const int64_t element = weight.kind == WeightKind::kF32 ? 4 : 2;
+  const int64_t panel = weight.kind == WeightKind::kGrouped ? layout_of(weight).panel : weight.k * kPanel * element;
+  return static_cast<size_t>(panels_of(weight.n) * panel);
 }
 
 void pack_panels(const GroupedView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end) {
-  const int64_t chunk = chunk_of(view), groups = view.k / view.group;
-  const bool nibbles = out->kind == WeightKind::kInt4;
-  std::vector<Run> runs[3];
-  for (int32_t i = 0; i < view.num_planes; ++i) runs[i] = runs_of(view.planes[i]);
-  std::vector<uint8_t> codes(static_cast<size_t>(kPanel * chunk));
+  const GroupedLayout layout = layout_of(*out);
+  const int64_t chunk = chunk_of(view, layout.block_columns), groups = layout.block_columns / view.group;
+  const ScaleView* scales[2] = {&view.scales, &view.minimums};
+  const int64_t kinds = out->has_minimums ? 2 : 1;
+  const int64_t padded = (chunk + kUnit - 1) / kUnit * kUnit;  // a group of 16 may end it
+  Gatherer codes(view.codes, chunk, padded);
+  Gatherer factors[2] = {Gatherer(view.scales.factors, groups, groups), Gatherer(view.minimums.factors, groups, groups)};
+  Step steps[8][2];
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t row = panel * kPanel, rows = std::min(kPanel, view.n - row);
-    auto* to = const_cast<uint8_t*>(out->codes) + row * view.k / (nibbles ? 2 : 1);
+    auto* to = const_cast<uint8_t*>(out->data) + panel * layout.panel;
     for (int64_t first = 0; first < view.k; first += chunk) {
-      std::memset(codes.data(), 0, codes.size());
-      for (int32_t i = 0; i < view.num_planes; ++i) {
-        const PlaneView& plane = view.planes[i];
-        for (int64_t block = first / plane.block_len; block * plane.block_len < first + chunk; ++block) {
-          const uint8_t* data = plane.data + row * plane.row_stride + block * plane.block_stride;
-          gather(plane, runs[i], data, rows, codes.data() + block * plane.block_len - first, chunk);
+      const uint8_t* gathered = codes.gather(row, rows, first);
+      for (int64_t in_chunk = 0; in_chunk < chunk; in_chunk += layout.block_columns, to += layout.block) {
+        const int64_t column = first + in_chunk, block = column / layout.block_columns;
+        for (int64_t kind = 0; kind < kinds; ++kind) {
+          if (out->two_level) {
+            pack_halves(*scales[kind], row, rows, block, 1, to + kind * kPanel * 2);
+            uint8_t* bytes = to + layout.factors + kind * groups * kPanel;
+            pack_factors(*scales[kind], factors[kind], row, rows, block * groups, groups, bytes);
+          } else {
+            const int64_t first_group = column / view.group, count = std::min(groups, view.k / view.group - first_group);
+            pack_halves(*scales[kind], row, rows, first_group, count, to + kind * groups * kPanel * 2);
+          }
+        }
+        for (int64_t unit = 0; unit * kUnit < layout.block_columns; ++unit) {
+          transpose_unit(gathered + in_chunk + unit * kUnit, padded, steps);
+          put_unit(steps, out->bits, to + layout.header + unit * layout.unit);
         }
       }
-      interleave(codes.data(), chunk, nibbles, to + first * (nibbles ? kPanel / 2 : kPanel));
     }
-    pack_scales(view.scales, out->scales_f32, groups, row, rows, const_cast<void*>(out->scales));
-    if (out->minimums) pack_scales(view.minimums, out->scales_f32, groups, row, rows, const_cast<void*>(out->minimums));
   }
 }
 
 void pack_panels(const DenseView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end) {
-  auto* codes = const_cast<uint8_t*>(out->codes);
+  auto* codes = const_cast<uint8_t*>(out->data);
   if (view.kind == WeightKind::kF32) {
     pack_dense<float>(view, codes, panel_begin, panel_end);
   } else {
     pack_dense<uint16_t>(view, codes, panel_begin, panel_end);
   }
-}
-
-size_t linear_scratch_bytes(const PackedWeight& weight) {
-  if (weight.group == 0) return 64;
-  const int64_t groups = weight.k / weight.group;
-  return padded(2 * kRowBlock * groups * 4);  // a start of the integer sum and a scaled sum, a row and group
 }
 
 }  // namespace octavo

@@ -104,13 +104,8 @@ void Program::finish(size_t arena_bytes, Place logits, int64_t vocab) {
   arena_ = Mapping(arena_bytes);
   logits_ = logits;
   vocab_ = vocab;
-  size_t linear_bytes = 0, attention_floats = 0;
+  size_t attention_floats = 0;
   int64_t group = 1;
-  for (const Stage& stage : stages_) {
-    for (const LinearPart& part : stage.parts) {
-      linear_bytes = std::max(linear_bytes, linear_scratch_bytes(weights_.matrix(part.weight)));
-    }
-  }
   for (const CacheGeometry& cache : caches_) {
     group = std::max<int64_t>(group, cache.num_heads / cache.num_kv_heads);
   }
@@ -126,7 +121,6 @@ void Program::finish(size_t arena_bytes, Place logits, int64_t vocab) {
   }
   partials_ = Mapping(partial_floats * static_cast<size_t>(most_segments) * sizeof(float));
   for (int i = 0; i < pool_.num_threads(); ++i) {
-    linear_scratch_.emplace_back(linear_bytes);
     attention_scratch_.emplace_back(attention_floats * sizeof(float));
     sample_scratch_.emplace_back(logits >= 0 ? sample_scratch_floats(vocab) * sizeof(float) : 0);
   }

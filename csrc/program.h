@@ -21,9 +21,9 @@ namespace octavo {
 // Where a value lies: bytes from the start of the arena, row-major [max rows][features] float32. -1: none.
 using Place = int64_t;
 
-// Rows of int8 codes with scales and sums: three places, and what they were rounded for.
+// Rows of int8 codes with scales and sums: four places, and what they were rounded for.
 struct QuantizedPlace {
-  Place codes = -1, scales = -1, sums = -1;
+  Place codes = -1, scales = -1, sums = -1, scaled_sums = -1;
   int64_t features = 0;
   int32_t group = 0;
 };
@@ -147,7 +147,7 @@ class Program final : private Job {
   int64_t count_items(const Stage& stage, int64_t* chunk) const;
   void run_rows(const Stage& stage, int64_t begin, int64_t end);
   void run_row_op(const RowOp& op, int64_t begin, int64_t end);
-  void run_linear(const Stage& stage, int64_t begin, int64_t end, int thread);
+  void run_linear(const Stage& stage, int64_t begin, int64_t end);
   void run_attention(const Stage& stage, int64_t item, int thread);
   void run_merge(const Stage& stage, int64_t item);
   float* partials(const CacheGeometry& geometry, const AttentionItem& tile, int64_t kv_head, int64_t* stride);
@@ -169,7 +169,7 @@ class Program final : private Job {
   Mapping arena_;
   Place logits_ = -1;
   int64_t vocab_ = 0;
-  std::vector<Mapping> linear_scratch_, attention_scratch_, sample_scratch_;  // one a thread
+  std::vector<Mapping> attention_scratch_, sample_scratch_;  // one a thread
   Mapping partials_;         // attention's segments
 
   std::mutex running_;

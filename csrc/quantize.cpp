@@ -1,7 +1,8 @@
 // Rows of float32 rounded to int8 a group of 16 or 32 columns, the left operand of grouped weights (graph/ops.py,
 // Linear).
 //
-// For each group: scale = max|x| / 127, code = round-half-even(x * (127 / max|x|)), sum = the sum of the codes. A first
+// For each group: scale = max|x| / 127, code = round-half-even(x * (127 / max|x|)), sum = the sum of the codes, and
+// scale * sum. A first
 // pass over sixteen groups finds the maxima, the divisions then take sixteen groups at once, a second pass rounds: x is
 // in L1 by then. max|x| is taken over the bits of |x| as integers, which order like the numbers and put NaN above
 // infinity, so a NaN in the group makes its scale NaN, and infinity makes the scale infinite with all codes 0: either
@@ -20,7 +21,8 @@ namespace {
 constexpr float kSmallest = 0x1p-120f;
 
 template <int kVectors>  // a group is kVectors * 16 columns
-void quantize_groups(const float* x, int64_t groups, int8_t* codes, float* scales, int32_t* sums) {
+void quantize_groups(const float* x, int64_t groups, int8_t* codes, float* scales, int32_t* sums,
+                     float* scaled_sums) {
   constexpr int64_t kGroup = kVectors * kLanes;
   int32_t maxima[kLanes];
   float inverses[kLanes], group_scales[kLanes];
@@ -47,6 +49,7 @@ void quantize_groups(const float* x, int64_t groups, int8_t* codes, float* scale
         sum = sum + ((rounded + set1_i32(128)) & set1_i32(255));  // code + 128, also of what was NaN
       }
       sums[first + g] = hsum_i32(sum) - 128 * static_cast<int32_t>(kGroup);
+      scaled_sums[first + g] = group_scales[g] * static_cast<float>(sums[first + g]);
     }
   }
 }
@@ -60,10 +63,11 @@ void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, in
     int8_t* codes = out.codes + row * k;
     float* scales = out.scales + row * groups;
     int32_t* sums = out.sums + row * groups;
+    float* scaled_sums = out.scaled_sums + row * groups;
     if (group == 32) {
-      quantize_groups<2>(p, groups, codes, scales, sums);
+      quantize_groups<2>(p, groups, codes, scales, sums, scaled_sums);
     } else {
-      quantize_groups<1>(p, groups, codes, scales, sums);
+      quantize_groups<1>(p, groups, codes, scales, sums, scaled_sums);
     }
   }
 }

@@ -20,7 +20,7 @@ void Program::work(int64_t stage_number, int64_t item, int thread) {
   } else if (stage.kind == Stage::Kind::kMerge) {
     run_merge(stage, item);
   } else if (stage.kind == Stage::Kind::kLinear) {
-    run_linear(stage, begin, begin + chunks_[index], thread);
+    run_linear(stage, begin, begin + chunks_[index]);
   } else {
     const int64_t rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
     run_rows(stage, begin, std::min(rows, begin + chunks_[index]));
@@ -87,10 +87,10 @@ QuantizedRows Program::quantized_rows(int id, int64_t row) {
   const QuantizedPlace& place = quantized_[static_cast<size_t>(id)];
   const int64_t groups = place.features / place.group;
   return {reinterpret_cast<int8_t*>(arena_.data() + place.codes) + row * place.features, at(place.scales) + row * groups,
-          reinterpret_cast<int32_t*>(at(place.sums)) + row * groups};
+          reinterpret_cast<int32_t*>(at(place.sums)) + row * groups, at(place.scaled_sums) + row * groups};
 }
 
-void Program::run_linear(const Stage& stage, int64_t begin, int64_t end, int thread) {
+void Program::run_linear(const Stage& stage, int64_t begin, int64_t end) {
   LinearArgs args{};
   args.rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
   if (stage.quantized >= 0) {
@@ -98,7 +98,6 @@ void Program::run_linear(const Stage& stage, int64_t begin, int64_t end, int thr
   } else {
     args.x = at(stage.x);
   }
-  args.scratch = linear_scratch_[static_cast<size_t>(thread)].data();
   for (const LinearPart& part : stage.parts) {
     const PackedWeight& weight = weights_.matrix(part.weight);
     const int64_t panels = (weight.n + kPanel - 1) / kPanel;

@@ -1,8 +1,9 @@
 // Sixteen lanes of float32 or int32, the same bits on every instruction set: every kernel is written once over this
 // file.
 //
-// A kernel file is compiled once an instruction set, with one of OCTAVO_ISA_AVX512, OCTAVO_ISA_AVX2 or neither (scalar:
-// also ARM64) defined, and puts its functions in namespace octavo::OCTAVO_NS. Rules that keep the bits equal:
+// A kernel file is compiled once an instruction set, with one of OCTAVO_ISA_AVX512, OCTAVO_ISA_AVXVNNI, OCTAVO_ISA_AVX2 or
+// neither (scalar: also ARM64) defined, and puts its functions in namespace octavo::OCTAVO_NS. AVX-VNNI is AVX2 with 8-bit dot
+// products: linear.cpp alone is compiled for it. Rules that keep the bits equal:
 //   - an FMA is written fma(a, b, c) and nothing else becomes one (-ffp-contract=off);
 //   - horizontal sums add in one order: lane i + lane i+8, then i+4, then i+2, then i+1;
 //   - max, min and comparisons have the semantics of SSE: max(a, b) is a > b ? a : b, so b when either is NaN;
@@ -16,6 +17,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(OCTAVO_ISA_AVXVNNI)
+#define OCTAVO_ISA_AVX2 1
+#endif
+
 #if defined(OCTAVO_ISA_AVX512) || defined(OCTAVO_ISA_AVX2)
 #include <immintrin.h>
 #endif
@@ -28,6 +33,8 @@
 
 #if defined(OCTAVO_ISA_AVX512)
 #define OCTAVO_NS avx512
+#elif defined(OCTAVO_ISA_AVXVNNI)
+#define OCTAVO_NS avxvnni
 #elif defined(OCTAVO_ISA_AVX2)
 #define OCTAVO_NS avx2
 #else
@@ -52,7 +59,7 @@ struct i32x16 {
 };
 struct u8x64 {
   __m512i v;
-};  // 16 lanes of four bytes, an operand of dot()
+};  // 16 lanes of four bytes
 #elif defined(OCTAVO_ISA_AVX2)
 struct f32x16 {
   __m256 lo, hi;
@@ -328,28 +335,32 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 #endif
 
 // ---- four bytes a lane: the arithmetic of grouped weights -----------------------------------------------------------
-// low_nibbles and high_nibbles split 64 packed bytes; broadcast_x4 puts the same four int8 x, within +-127, in every
-// lane. dot_bytes(acc, load_bytes(p), x): acc + the sum of four products (code - kBytesZero) * x a lane. kBytesZero is
-// 128 on AVX2, whose u8 * s8 pairs saturate at 16 bits: it multiplies |code - 128| by x with the sign moved onto it.
-// start_nibbles(s), dot_nibbles at most eight times, end_nibbles(sums, s) is the same sum from s for w <= 15: AVX2
-// keeps it in 16 bits meanwhile.
+// move_bits<from, to, mask>(a): the bits of every byte that lie at `from`, moved to `to`; broadcast_x4 puts the same four int8 x,
+// within +-127, in every lane. The sum of products over steps of four k's, code_w * code_x, begins with first_sums(start), takes
+// add_products<bits>(sums, w, x) at most kMostSteps<bits> times, and last_sums(sums) gives it as int32. VNNI adds to int32 at once
+// and begins with `start`; AVX2 keeps sums in 16 bits meanwhile, where u8 * s8 pairs may reach 2 * (2**bits - 1) * 127 a step, and
+// adds `start` with add_start, which does nothing elsewhere. Codes of 8 bits count from kBytesZero: 128 on AVX2, which
+// multiplies |code - 128| by x with the sign moved onto it.
 
 #if defined(OCTAVO_ISA_AVX512)
 
 OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-OCTAVO_INLINE void store_u8(uint8_t* p, u8x64 a) { _mm512_storeu_si512(p, a.v); }
-OCTAVO_INLINE u8x64 low_nibbles(u8x64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-OCTAVO_INLINE u8x64 high_nibbles(u8x64 a) {
-  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+OCTAVO_INLINE u8x64 operator|(u8x64 a, u8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int kFrom, int kTo, int kMask>
+OCTAVO_INLINE u8x64 move_bits(u8x64 a) {
+  if constexpr (kFrom > kTo) a.v = _mm512_srli_epi16(a.v, kFrom - kTo);
+  if constexpr (kFrom < kTo) a.v = _mm512_slli_epi16(a.v, kTo - kFrom);
+  return {_mm512_and_si512(a.v, _mm512_set1_epi8(kMask << kTo))};
 }
 OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   int32_t four;
   memcpy(&four, p, sizeof four);
   return {_mm512_set1_epi32(four)};
 }
-constexpr int32_t kBytesZero = 0;
-OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
-OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+OCTAVO_INLINE i32x16 load_i8(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
 
 #elif defined(OCTAVO_ISA_AVX2)
 
@@ -357,50 +368,29 @@ OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
-OCTAVO_INLINE void store_u8(uint8_t* p, u8x64 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), a.hi);
-}
-OCTAVO_INLINE u8x64 low_nibbles(u8x64 a) {
-  const __m256i mask = _mm256_set1_epi8(15);
+OCTAVO_INLINE u8x64 operator|(u8x64 a, u8x64 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+template <int kFrom, int kTo, int kMask>
+OCTAVO_INLINE u8x64 move_bits(u8x64 a) {
+  if constexpr (kFrom > kTo) a = {_mm256_srli_epi16(a.lo, kFrom - kTo), _mm256_srli_epi16(a.hi, kFrom - kTo)};
+  if constexpr (kFrom < kTo) a = {_mm256_slli_epi16(a.lo, kTo - kFrom), _mm256_slli_epi16(a.hi, kTo - kFrom)};
+  const __m256i mask = _mm256_set1_epi8(kMask << kTo);
   return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
-}
-OCTAVO_INLINE u8x64 high_nibbles(u8x64 a) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi16(a.lo, 4), mask), _mm256_and_si256(_mm256_srli_epi16(a.hi, 4), mask)};
 }
 OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   int32_t four;
   memcpy(&four, p, sizeof four);
-  return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
+  const __m256i all = _mm256_set1_epi32(four);
+  return {all, all};
 }
-OCTAVO_INLINE __m256i dot8(__m256i acc, __m256i w, __m256i x) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+OCTAVO_INLINE i32x16 load_i8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
 }
-constexpr int32_t kBytesZero = 128;
-OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) {
-  const u8x64 a = load_u8(p);
-  const __m256i top = _mm256_set1_epi8(static_cast<char>(-128));
-  return {_mm256_xor_si256(a.lo, top), _mm256_xor_si256(a.hi, top)};
+#if defined(OCTAVO_ISA_AVXVNNI)
+OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) {
+  return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, x.lo), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, x.hi)};
 }
-OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) {
-  return {dot8(acc.lo, _mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
-          dot8(acc.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
-}
-
-struct nibble_sums {
-  __m256i lo, hi;
-};  // 16 bits: 8 * 2 * 15 * 127 < 2**15
-OCTAVO_INLINE nibble_sums start_nibbles(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) {
-  return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
-          _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))};
-}
-OCTAVO_INLINE i32x16 end_nibbles(nibble_sums acc, int32_t start) {
-  const __m256i ones = _mm256_set1_epi16(1), from = _mm256_set1_epi32(start);
-  return {_mm256_add_epi32(_mm256_madd_epi16(acc.lo, ones), from),
-          _mm256_add_epi32(_mm256_madd_epi16(acc.hi, ones), from)};
-}
+#endif
 
 #else
 
@@ -409,13 +399,13 @@ OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) {
   memcpy(result.v, p, sizeof result.v);
   return result;
 }
-OCTAVO_INLINE void store_u8(uint8_t* p, u8x64 a) { memcpy(p, a.v, sizeof a.v); }
-OCTAVO_INLINE u8x64 low_nibbles(u8x64 a) {
-  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(a.v[i] & 15);
+OCTAVO_INLINE u8x64 operator|(u8x64 a, u8x64 b) {
+  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(a.v[i] | b.v[i]);
   return a;
 }
-OCTAVO_INLINE u8x64 high_nibbles(u8x64 a) {
-  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(a.v[i] >> 4);
+template <int kFrom, int kTo, int kMask>
+OCTAVO_INLINE u8x64 move_bits(u8x64 a) {
+  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(((a.v[i] >> kFrom) & kMask) << kTo);
   return a;
 }
 OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
@@ -423,9 +413,8 @@ OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   OCTAVO_EACH(64) result.v[i] = static_cast<uint8_t>(p[i & 3]);
   return result;
 }
-constexpr int32_t kBytesZero = 0;
-OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
-OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) {
+OCTAVO_INLINE i32x16 load_i8(const int8_t* p) { OCTAVO_LANES(i32x16, p[i]); }
+OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) {
   OCTAVO_EACH(16) {
     int32_t sum = 0;
     for (int j = 0; j < 4; ++j) sum += w.v[4 * i + j] * static_cast<int8_t>(x.v[4 * i + j]);
@@ -435,11 +424,50 @@ OCTAVO_INLINE i32x16 dot_bytes(i32x16 acc, u8x64 w, u8x64 x) {
 }
 #endif
 
-#if !defined(OCTAVO_ISA_AVX2)
-using nibble_sums = i32x16;
-OCTAVO_INLINE nibble_sums start_nibbles(int32_t start) { return set1_i32(start); }
-OCTAVO_INLINE nibble_sums dot_nibbles(nibble_sums acc, u8x64 w, u8x64 x) { return dot_bytes(acc, w, x); }
-OCTAVO_INLINE i32x16 end_nibbles(nibble_sums acc, int32_t) { return acc; }
+#if defined(OCTAVO_ISA_AVX2) && !defined(OCTAVO_ISA_AVXVNNI)
+
+template <int kBits>
+constexpr int kMostSteps = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+constexpr int32_t kBytesZero = 128;
+struct sums {
+  __m256i lo, hi;  // 16 bits
+};
+OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) {
+  const u8x64 a = load_u8(p);
+  const __m256i top = _mm256_set1_epi8(static_cast<char>(-128));
+  return {_mm256_xor_si256(a.lo, top), _mm256_xor_si256(a.hi, top)};
+}
+OCTAVO_INLINE sums first_sums(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+template <int kBits>
+OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
+  if constexpr (kBits == 8) {
+    return {_mm256_maddubs_epi16(_mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
+            _mm256_maddubs_epi16(_mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
+  } else {
+    return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
+            _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))};
+  }
+}
+OCTAVO_INLINE i32x16 last_sums(sums acc) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
+}
+OCTAVO_INLINE i32x16 add_start(i32x16 sum, int32_t start) { return sum + set1_i32(start); }
+
+#else
+
+template <int kBits>
+constexpr int kMostSteps = 8;
+constexpr int32_t kBytesZero = 0;
+using sums = i32x16;
+OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
+OCTAVO_INLINE sums first_sums(int32_t start) { return set1_i32(start); }
+template <int kBits>
+OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
+  return dot(acc, w, x);
+}
+OCTAVO_INLINE i32x16 last_sums(sums acc) { return acc; }
+OCTAVO_INLINE i32x16 add_start(i32x16 sum, int32_t) { return sum; }
 #endif
 
 // ---- written once over the above ----------------------------------------------------------------------------------

@@ -37,15 +37,11 @@ int Weights::pack(const View& view, PackedWeight weight, ThreadPool& pool) {
 }
 
 int Weights::add(const GroupedView& view, ThreadPool& pool) {
-  const PackedSizes sizes = packed_sizes(view);
-  uint8_t* codes = arena_.take(sizes.codes);
-  uint8_t* scales = arena_.take(sizes.scales);
-  uint8_t* minimums = sizes.minimums == 0 ? nullptr : arena_.take(sizes.minimums);
-  return pack(view, describe(view, codes, scales, minimums), pool);
+  return pack(view, describe(view, arena_.take(packed_bytes(describe(view, nullptr)))), pool);
 }
 
 int Weights::add(const DenseView& view, ThreadPool& pool) {
-  return pack(view, describe(view, arena_.take(packed_sizes(view).codes)), pool);
+  return pack(view, describe(view, arena_.take(packed_bytes(describe(view, nullptr)))), pool);
 }
 
 int Weights::add_vector(const float* values, int64_t count) {

@@ -4,7 +4,7 @@
 //
 // Compile linear.cpp and quantize.cpp once an instruction set, with -O3 -ffp-contract=off -std=c++20 and
 //   avx512: -DOCTAVO_ISA_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c
-//   avx2:   -DOCTAVO_ISA_AVX2 -mavx2 -mfma -mf16c
+//   avx2:   -DOCTAVO_ISA_AVX2 -mavx2 -mfma -mf16c (linear.cpp once more with -DOCTAVO_ISA_AVXVNNI -mavxvnni instead)
 //   scalar: nothing (the only one on ARM64),
 // then pack.cpp and this file, and link. Meant for -fsanitize=address,undefined too, and for qemu-aarch64.
 #include <cmath>
@@ -29,6 +29,9 @@ OCTAVO_DECLARE(scalar)
 #if defined(__x86_64__)
 OCTAVO_DECLARE(avx2)
 OCTAVO_DECLARE(avx512)
+namespace octavo::avxvnni {
+void linear(const LinearArgs* args, int64_t panel_begin, int64_t panel_end);
+}
 #endif
 
 namespace {
@@ -49,6 +52,9 @@ std::vector<Isa> isas() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.push_back({1, "avx2", avx2::quantize_rows, avx2::linear, avx2::embed_row});
   }
+  if (__builtin_cpu_supports("avxvnni")) {
+    found.push_back({3, "avxvnni", avx2::quantize_rows, avxvnni::linear, avx2::embed_row});
+  }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")) {
     found.push_back({2, "avx512", avx512::quantize_rows, avx512::linear, avx512::embed_row});
   }
@@ -57,7 +63,7 @@ std::vector<Isa> isas() {
 }
 
 int failures = 0;
-uint64_t checksums[3] = {1469598103934665603u, 1469598103934665603u, 1469598103934665603u};  // an instruction set each
+uint64_t checksums[4] = {1469598103934665603u, 1469598103934665603u, 1469598103934665603u, 1469598103934665603u};  // an instruction set each
 std::mt19937 random_bits(20261123);
 
 void fail(const std::string& where, const std::string& what) {
@@ -94,7 +100,9 @@ float from_bf16(uint16_t h) {
 
 // 64-byte aligned and exactly as long as asked, so that ASan sees one byte too many.
 struct Buffer {
-  explicit Buffer(size_t size) : data(static_cast<uint8_t*>(std::aligned_alloc(64, (size + 63) / 64 * 64))) {}
+  explicit Buffer(size_t size) : data(static_cast<uint8_t*>(std::aligned_alloc(64, (size + 63) / 64 * 64))) {
+    std::memset(data, 0, size);
+  }
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -113,18 +121,25 @@ struct StoredPlane {
 
 enum class Order { kHalves, kPairs, kShuffled, kPlain };
 
+// Scales or minimums as a file stores them: halves a group, or halves a block of 256 and six-bit factors a group.
+struct StoredScales {
+  bool exists = false, two_level = false, is_negated = false;
+  std::vector<float> truth;  // [n][k / group]
+  std::vector<uint8_t> halves;
+  StoredPlane factors;
+  int factor_zero = 0;
+};
+
 struct Stored {
   int64_t n, k;
   int group, bits, zero;
-  bool scales_f32, minimums_f32, has_minimums;
-  std::vector<int> codes;               // [n][k], the truth
-  std::vector<float> scales, minimums;  // [n][k / group], the truth
+  std::vector<int> codes;  // [n][k], the truth
+  StoredScales scales, minimums;
   std::vector<StoredPlane> planes;
-  std::vector<uint8_t> scale_bytes, minimum_bytes;
 };
 
 // Spreads `bits` bits of each code over blocks of block_len elements, in one of the orders that files have.
-StoredPlane store_plane(const Stored& w, int block_len, int bits, int lift, Order order, int flip, int byte_stride) {
+StoredPlane store_plane(const std::vector<int>& codes, int64_t n, int64_t k, int block_len, int bits, int lift, Order order, int flip, int byte_stride) {
   const int per_byte = 8 / bits, block_bytes = block_len / per_byte;
   StoredPlane plane{{}, {}, {}, bits, lift, flip, block_bytes, byte_stride};
   std::vector<int> places(static_cast<size_t>(block_len));
@@ -136,13 +151,13 @@ StoredPlane store_plane(const Stored& w, int block_len, int bits, int lift, Orde
     plane.byte_of.push_back(static_cast<uint16_t>(halves ? place % block_bytes : place / per_byte));
     plane.shift_of.push_back(static_cast<uint8_t>(bits * (halves ? place / block_bytes : place % per_byte)));
   }
-  const int64_t blocks = w.k / block_len;
-  plane.data.assign(static_cast<size_t>(w.n * blocks * block_bytes * byte_stride), 0xa5);
-  for (int64_t row = 0; row < w.n; ++row) {
+  const int64_t blocks = k / block_len;
+  plane.data.assign(static_cast<size_t>(n * blocks * block_bytes * byte_stride), 0xa5);
+  for (int64_t row = 0; row < n; ++row) {
     for (int64_t block = 0; block < blocks; ++block) {
       std::vector<uint8_t> bytes(static_cast<size_t>(block_bytes), 0);
       for (int e = 0; e < block_len; ++e) {
-        const int part = (w.codes[static_cast<size_t>(row * w.k + block * block_len + e)] >> lift) & ((1 << bits) - 1);
+        const int part = (codes[static_cast<size_t>(row * k + block * block_len + e)] >> lift) & ((1 << bits) - 1);
         auto& byte = bytes[plane.byte_of[static_cast<size_t>(e)]];
         byte = static_cast<uint8_t>(byte | part << plane.shift_of[static_cast<size_t>(e)]);
       }
@@ -155,47 +170,72 @@ StoredPlane store_plane(const Stored& w, int block_len, int bits, int lift, Orde
   return plane;
 }
 
-void store_scales(const Stored& w, bool as_f32, std::vector<float>& truth, std::vector<uint8_t>& bytes) {
-  for (int64_t i = 0; i < w.n * (w.k / w.group); ++i) {
-    uint8_t raw[4];
-    if (as_f32) {
-      const float value = real() * 0.05f;
-      truth.push_back(value);
-      std::memcpy(raw, &value, 4);
-    } else {
-      const auto half = static_cast<uint16_t>(integer(0, 1) << 15 | integer(0, 12) << 10 | integer(0, 1023));
-      truth.push_back(from_f16(half));
-      std::memcpy(raw, &half, 2);
-    }
-    bytes.insert(bytes.end(), raw, raw + (as_f32 ? 4 : 2));
+uint16_t random_half() { return static_cast<uint16_t>(integer(0, 1) << 15 | integer(0, 12) << 10 | integer(0, 1023)); }
+
+StoredScales store_scales(const Stored& w, bool two_level, bool is_negated) {
+  StoredScales result;
+  result.exists = true;
+  result.two_level = two_level;
+  result.is_negated = is_negated;
+  const int64_t groups = w.k / w.group, steps = two_level ? w.k / 256 : groups;
+  std::vector<float> d;
+  for (int64_t i = 0; i < w.n * steps; ++i) {
+    const uint16_t half = random_half();
+    d.push_back(from_f16(half));
+    const auto* raw = reinterpret_cast<const uint8_t*>(&half);
+    result.halves.insert(result.halves.end(), raw, raw + 2);
   }
+  if (!two_level) {
+    result.truth = d;
+    return result;
+  }
+  result.factor_zero = is_negated ? 0 : 32;
+  std::vector<int> factors;
+  for (int64_t i = 0; i < w.n * groups; ++i) {
+    factors.push_back(integer(0, 63));
+    const int factor = factors.back() - result.factor_zero;
+    result.truth.push_back(d[static_cast<size_t>(i / (256 / w.group))] * static_cast<float>(is_negated ? -factor : factor));
+  }
+  result.factors = store_plane(factors, w.n, groups, 256 / w.group, 8, 0, Order::kPlain, 0, 1);
+  return result;
 }
 
-Stored make_weight(int64_t n, int64_t k, int group, int bits, int zero, bool scales_f32, bool minimums,
-                   bool minimums_f32) {
-  Stored w{n, k, group, bits, zero, scales_f32, minimums_f32, minimums, {}, {}, {}, {}, {}, {}};
+Stored make_weight(int64_t n, int64_t k, int group, int bits, int zero, bool minimums, bool two_level) {
+  Stored w{n, k, group, bits, zero, {}, {}, {}, {}};
   for (int64_t i = 0; i < n * k; ++i)
     w.codes.push_back(integer(0, 3) == 0 ? (1 << bits) - 1 : integer(0, (1 << bits) - 1));
-  store_scales(w, scales_f32, w.scales, w.scale_bytes);
-  if (minimums) store_scales(w, minimums_f32, w.minimums, w.minimum_bytes);
+  w.scales = store_scales(w, two_level, false);
+  if (minimums) w.minimums = store_scales(w, two_level, true);
   return w;
 }
 
-GroupedView view_of(const Stored& w) {
-  GroupedView view{w.n, w.k, w.group, w.bits, w.zero, static_cast<int32_t>(w.planes.size()), {}, {}, {}};
-  for (size_t i = 0; i < w.planes.size(); ++i) {
-    const StoredPlane& p = w.planes[i];
-    const auto block_len = static_cast<int32_t>(p.byte_of.size());
-    const int64_t block_stride = static_cast<int64_t>(p.block_bytes) * p.byte_stride;
-    view.planes[i] = {p.data.data(),    w.k / block_len * block_stride,
-                      block_stride,     p.byte_stride,
-                      p.byte_of.data(), p.shift_of.data(),
-                      block_len,        p.bits,
-                      p.lift,           p.flip};
+StoredPlane store_plane(const Stored& w, int block_len, int bits, int lift, Order order, int flip, int byte_stride) {
+  return store_plane(w.codes, w.n, w.k, block_len, bits, lift, order, flip, byte_stride);
+}
+
+PlaneView view_of(const StoredPlane& p, int64_t columns) {
+  const auto block_len = static_cast<int32_t>(p.byte_of.size());
+  const int64_t block_stride = static_cast<int64_t>(p.block_bytes) * p.byte_stride;
+  return {p.data.data(),  columns / block_len * block_stride, block_stride, p.byte_stride, p.byte_of.data(), p.shift_of.data(),
+          block_len,      p.bits,                             p.lift,       p.flip};
+}
+
+ScaleView view_of(const Stored& w, const StoredScales& scales) {
+  if (!scales.exists) return {};
+  const int64_t steps = scales.two_level ? w.k / 256 : w.k / w.group;
+  ScaleView view{scales.halves.data(), steps * 2, 2, {0, scales.factor_zero, {}}, scales.is_negated};
+  if (scales.two_level) {
+    view.factors.num_planes = 1;
+    view.factors.planes[0] = view_of(scales.factors, w.k / w.group);
   }
-  const int64_t groups = w.k / w.group, size = w.scales_f32 ? 4 : 2, minimum_size = w.minimums_f32 ? 4 : 2;
-  view.scales = {w.scale_bytes.data(), groups * size, size, w.scales_f32};
-  if (w.has_minimums) view.minimums = {w.minimum_bytes.data(), groups * minimum_size, minimum_size, w.minimums_f32};
+  return view;
+}
+
+GroupedView view_of(const Stored& w) {
+  GroupedView view{w.n, w.k, w.group, w.bits, {static_cast<int32_t>(w.planes.size()), w.zero, {}}, {}, {}};
+  for (size_t i = 0; i < w.planes.size(); ++i) view.codes.planes[i] = view_of(w.planes[i], w.k);
+  view.scales = view_of(w, w.scales);
+  view.minimums = view_of(w, w.minimums);
   return view;
 }
 
@@ -236,8 +276,8 @@ float product(const Stored& w, const Rounded& x, int64_t row, int64_t column) {
       dot += (w.codes[static_cast<size_t>(column * w.k + j)] - w.zero) * x.codes[static_cast<size_t>(row * w.k + j)];
     }
     const auto at = static_cast<size_t>(row * groups + g), weight_at = static_cast<size_t>(column * groups + g);
-    c = std::fma(static_cast<float>(dot), w.scales[weight_at] * x.scales[at], c);
-    if (w.has_minimums) c = std::fma(w.minimums[weight_at], x.scales[at] * static_cast<float>(x.sums[at]), c);
+    c = std::fma(static_cast<float>(dot), w.scales.truth[weight_at] * x.scales[at], c);
+    if (w.minimums.exists) c = std::fma(w.minimums.truth[weight_at], x.scales[at] * static_cast<float>(x.sums[at]), c);
   }
   return c;
 }
@@ -262,22 +302,21 @@ void check_linear(const Case& test, const std::vector<float>& x, int64_t first_r
   std::vector<int8_t> codes(static_cast<size_t>(rows * w.k));
   std::vector<float> scales(static_cast<size_t>(rows * groups));
   std::vector<int32_t> sums(static_cast<size_t>(rows * groups));
+  std::vector<float> scaled_sums(static_cast<size_t>(rows * groups));
   std::vector<float> out(static_cast<size_t>((rows - 1) * stride + w.n), 77.0f);
   std::vector<float> dense(x.begin() + first_row * w.k, x.begin() + (first_row + rows) * w.k);
   if (test.residual) {
     for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(i % 1009) * 0.37f - 180.0f;
   }
   const std::vector<float> before = out;
-  Buffer scratch(linear_scratch_bytes(w));
   LinearArgs args{&w,
                   rows,
                   dense.data(),
-                  {codes.data(), scales.data(), sums.data()},
+                  {codes.data(), scales.data(), sums.data(), scaled_sums.data()},
                   out.data(),
                   stride,
                   test.bias.empty() ? nullptr : test.bias.data(),
-                  test.residual ? out.data() : nullptr,
-                  scratch.data};
+                  test.residual ? out.data() : nullptr};
   if (groups > 0) test.isa->quantize_rows(dense.data(), w.k, rows, w.k, w.group, args.quantized);
   const int64_t panels = (w.n + kPanel - 1) / kPanel, cut = panels / 2;
   test.isa->linear(&args, cut, panels);
@@ -318,12 +357,14 @@ void check_quantize(const Isa& isa, const std::string& name, const std::vector<f
   std::vector<int8_t> codes(static_cast<size_t>(rows * k));
   std::vector<float> scales(static_cast<size_t>(rows * (k / group)));
   std::vector<int32_t> sums(scales.size());
-  isa.quantize_rows(x.data(), stride, rows, k, group, {codes.data(), scales.data(), sums.data()});
+  std::vector<float> scaled_sums(scales.size());
+  isa.quantize_rows(x.data(), stride, rows, k, group, {codes.data(), scales.data(), sums.data(), scaled_sums.data()});
   for (size_t i = 0; i < codes.size(); ++i) {
     if (codes[i] != expected.codes[i]) return fail(name, std::string(isa.name) + " code " + std::to_string(i));
   }
   for (size_t i = 0; i < scales.size(); ++i) {
-    if (bits(scales[i]) != bits(expected.scales[i]) || sums[i] != expected.sums[i]) {
+    if (bits(scales[i]) != bits(expected.scales[i]) || sums[i] != expected.sums[i] ||
+        bits(scaled_sums[i]) != bits(expected.scales[i] * static_cast<float>(expected.sums[i]))) {
       return fail(name, std::string(isa.name) + " scale or sum " + std::to_string(i));
     }
   }
@@ -341,9 +382,8 @@ std::vector<float> make_rows(int64_t rows, int64_t k) {
 
 void check_grouped(Stored w, const std::string& name, const std::vector<int>& counts) {
   const GroupedView view = view_of(w);
-  const PackedSizes sizes = packed_sizes(view);
-  Buffer codes(sizes.codes), scales(sizes.scales), minimums(sizes.minimums);
-  PackedWeight packed = describe(view, codes.data, scales.data, w.has_minimums ? minimums.data : nullptr);
+  Buffer data(packed_bytes(describe(view, nullptr)));
+  PackedWeight packed = describe(view, data.data);
   const int64_t panels = (w.n + kPanel - 1) / kPanel;
   for (int64_t panel = panels; panel > 0; --panel) pack_panels(view, &packed, panel - 1, panel);
   int most = 0;
@@ -368,8 +408,8 @@ void check_grouped(Stored w, const std::string& name, const std::vector<int>& co
       isa.embed_row(&packed, row, out.data());
       for (int64_t j = 0; j < w.k; ++j) {
         const auto at = static_cast<size_t>(row * (w.k / w.group) + j / w.group);
-        const float scaled = w.scales[at] * static_cast<float>(w.codes[static_cast<size_t>(row * w.k + j)] - w.zero);
-        const float expected = w.has_minimums ? scaled + w.minimums[at] : scaled;
+        const float scaled = w.scales.truth[at] * static_cast<float>(w.codes[static_cast<size_t>(row * w.k + j)] - w.zero);
+        const float expected = w.minimums.exists ? scaled + w.minimums.truth[at] : scaled;
         if (bits(out[static_cast<size_t>(j)]) != bits(expected)) {
           fail(name, std::string(isa.name) + " embed_row " + std::to_string(row));
           break;
@@ -389,18 +429,19 @@ void test_every_width() {
   for (int bits = 2; bits <= 8; ++bits) {
     for (const int group : {16, 32}) {
       for (int variant = 0; variant < 4; ++variant) {
-        const bool minimums = variant % 2 == 1;
+        const bool minimums = variant % 2 == 1, two_level = variant >= 2;
         const int zero = minimums ? variant / 2 : 1 << (bits - 1);
-        Stored w =
-            make_weight(32 + 13 * variant, 64 * (1 + variant), group, bits, zero, variant >= 2, minimums, variant == 3);
+        // One level: an odd number of groups, so that one of 16 ends k with half a unit.
+        const int64_t k = two_level ? 256 * (variant - 1) : (2 * variant + 5) * group;
+        Stored w = make_weight(32 + 13 * variant, k, group, bits, zero, minimums, two_level);
         const auto order = static_cast<Order>(variant);
         const int low = bits >= 8 ? 8 : bits >= 4 ? 4 : 2, byte_stride = variant == 3 ? 2 : 1;
         const int flip = bits == 8 ? 0x80 : variant == 2 ? 0x0f : 0;
-        w.planes.push_back(store_plane(w, variant % 2 == 0 ? 32 : 64, low, 0, order, flip, byte_stride));
-        if (bits - low >= 2) w.planes.push_back(store_plane(w, 64, 2, low, Order::kHalves, 0, 1));
+        w.planes.push_back(store_plane(w, two_level ? 64 : group, low, 0, order, flip, byte_stride));
+        if (bits - low >= 2) w.planes.push_back(store_plane(w, two_level ? 128 : group, 2, low, Order::kHalves, 0, 1));
         if ((bits - low) % 2 == 1) {
-          w.planes.push_back(store_plane(w, 32, 1, bits - 1, variant % 2 == 0 ? Order::kPairs : Order::kHalves,
-                                         bits == 5 ? 0xff : 0, 1));
+          w.planes.push_back(store_plane(w, two_level ? 32 : group, 1, bits - 1,
+                                         variant % 2 == 0 ? Order::kPairs : Order::kHalves, bits == 5 ? 0xff : 0, 1));
         }
         check_grouped(
             w,
@@ -413,14 +454,14 @@ void test_every_width() {
 
 void test_every_count() {
   for (const int bits : {4, 8}) {
-    Stored w = make_weight(71, 96, 32, bits, bits == 4 ? 0 : 128, false, bits == 4, false);
+    Stored w = make_weight(71, 96, 32, bits, bits == 4 ? 0 : 128, bits == 4, false);
     w.planes.push_back(store_plane(w, 32, bits, 0, Order::kHalves, bits == 4 ? 0 : 0x80, 1));
     check_grouped(w, "counts " + std::to_string(bits), kAllCounts);
   }
 }
 
 void test_tiny() {
-  Stored w = make_weight(1, 16, 16, 4, 8, false, false, false);
+  Stored w = make_weight(1, 16, 16, 4, 8, false, false);
   w.planes.push_back(store_plane(w, 16, 4, 0, Order::kShuffled, 0, 1));
   check_grouped(w, "tiny", {1, 2, 6, 7});
 }
@@ -457,8 +498,8 @@ void test_dense() {
       }
     }
     const DenseView view{n, k, kind, data.data(), row_stride};
-    Buffer codes(packed_sizes(view).codes);
-    PackedWeight packed = describe(view, codes.data);
+    Buffer data_of(packed_bytes(describe(view, nullptr)));
+    PackedWeight packed = describe(view, data_of.data);
     pack_panels(view, &packed, 0, 1);
     pack_panels(view, &packed, 1, (n + kPanel - 1) / kPanel);
     const std::string name = "dense " + std::to_string(static_cast<int>(kind));
@@ -493,14 +534,16 @@ void test_dense() {
 // strided.
 void test_strange_numbers() {
   const int64_t n = 40, k = 64;
-  Stored w = make_weight(n, k, 32, 4, 8, true, false, false);
-  for (float& scale : w.scales) scale = 0.5f;
-  for (size_t i = 0; i < w.scale_bytes.size(); i += 4) std::memcpy(w.scale_bytes.data() + i, w.scales.data(), 4);
+  Stored w = make_weight(n, k, 32, 4, 8, false, false);
+  for (size_t i = 0; i < w.scales.truth.size(); ++i) {
+    const uint16_t half = 0x3800;  // 0.5
+    w.scales.truth[i] = 0.5f;
+    std::memcpy(w.scales.halves.data() + 2 * i, &half, 2);
+  }
   w.planes.push_back(store_plane(w, 32, 4, 0, Order::kHalves, 0, 1));
   const GroupedView view = view_of(w);
-  const PackedSizes sizes = packed_sizes(view);
-  Buffer codes(sizes.codes), scales(sizes.scales);
-  PackedWeight packed = describe(view, codes.data, scales.data, nullptr);
+  Buffer data(packed_bytes(describe(view, nullptr)));
+  PackedWeight packed = describe(view, data.data);
   pack_panels(view, &packed, 0, 2);
   const int64_t stride = k + 3;
   std::vector<float> x(static_cast<size_t>(5 * stride), NAN);
@@ -518,9 +561,9 @@ void test_strange_numbers() {
     std::vector<int8_t> x_codes(static_cast<size_t>(5 * k));
     std::vector<float> x_scales(10), out(static_cast<size_t>(5 * n));
     std::vector<int32_t> sums(10);
-    Buffer scratch(linear_scratch_bytes(packed));
-    LinearArgs args{&packed, 5,       nullptr,     {x_codes.data(), x_scales.data(), sums.data()}, out.data(), n,
-                    nullptr, nullptr, scratch.data};
+    std::vector<float> scaled_sums(10);
+    LinearArgs args{&packed,    5, nullptr, {x_codes.data(), x_scales.data(), sums.data(), scaled_sums.data()},
+                    out.data(), n, nullptr, nullptr};
     isa.quantize_rows(x.data(), stride, 5, k, 32, args.quantized);
     isa.linear(&args, 0, 2);
     if (x_scales[6] != 0.0f) fail("strange numbers", std::string(isa.name) + " scale of a tiny group");

@@ -71,6 +71,108 @@ class Plane:
 
 
 @dataclass(frozen=True, slots=True)
+class Codes:
+    """Small unsigned integers, their bits spread over planes.
+
+    Attributes:
+        planes: the bits; a code is the sum of its planes' bits, each shifted left by its lift.
+        zero: the code that stands for 0.
+    """
+
+    planes: tuple[Plane, ...]
+    zero: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return sum(p.data.size for p in self.planes)
+
+    def take_rows(self, rows: NDArray[np.int64]) -> Codes:
+        """The same codes with their rows reordered (copies)."""
+        return replace(self, planes=tuple(replace(p, data=p.data[rows]) for p in self.planes))
+
+    def values(self) -> NDArray[np.uint8]:
+        """All codes, [rows, columns] uint8: slow and obvious."""
+        rows, blocks = self.planes[0].data.shape[:2]
+        total = np.zeros((rows, blocks * len(self.planes[0].byte_of)), np.uint8)
+        for plane in self.planes:
+            value = (plane.data[:, :, plane.byte_of] ^ np.uint8(plane.flip)) >> plane.shift_of
+            part = (value & np.uint8((1 << plane.bits) - 1)) << np.uint8(plane.lift)
+            total += part.reshape(total.shape)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScales:
+    """Scales or minimums of two levels, as in the K-quants: sign * d * (factor - zero), exact.
+
+    Attributes:
+        d: float16 [rows, blocks]; may be an unaligned strided view.
+        factors: one a group: [rows, in_features / group].
+        sign: 1 or -1.
+    """
+
+    d: NDArray[np.float16]
+    factors: Codes
+    sign: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, groups]."""
+        plane = self.factors.planes[0]
+        return self.d.shape[0], self.d.shape[1] * len(plane.byte_of)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return int(self.d.nbytes) + self.factors.nbytes
+
+    def take_rows(self, rows: NDArray[np.int64]) -> BlockScales:
+        """The same scales with their rows reordered (copies)."""
+        return replace(self, d=self.d[rows], factors=self.factors.take_rows(rows))
+
+    def values(self) -> NDArray[np.float32]:
+        """All of them, [rows, groups] float32."""
+        factors = self.factors.values().astype(np.float32) - np.float32(self.factors.zero)
+        d = np.float32(self.sign) * self.d.astype(np.float32)
+        with np.errstate(invalid="ignore"):  # a file may hold infinities; they are its own affair
+            product = d[:, :, None] * factors.reshape(*self.d.shape, -1)
+        return product.reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScales:
+    """Scales or minimums of one level: a float16 a group.
+
+    Attributes:
+        halves: float16 [rows, in_features / group]; may be an unaligned strided view.
+    """
+
+    halves: NDArray[np.float16]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, groups]."""
+        return self.halves.shape[0], self.halves.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return int(self.halves.nbytes)
+
+    def take_rows(self, rows: NDArray[np.int64]) -> GroupScales:
+        """The same scales with their rows reordered (copies)."""
+        return GroupScales(self.halves[rows])
+
+    def values(self) -> NDArray[np.float32]:
+        """All of them, [rows, groups] float32."""
+        return self.halves.astype(np.float32)
+
+
+Scales = GroupScales | BlockScales
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedTensor:
     """A weight as unsigned integer codes with a scale, and perhaps a minimum, a group of columns.
 
@@ -78,23 +180,20 @@ class GroupedTensor:
     each product and sum rounded once (minimums absent: nothing is added).
 
     Attributes:
-        planes: the bits of the codes; the codes are the sum of the planes, each shifted left by
-            its lift.
+        codes: [out_features, in_features].
         bits: bits of a code (2 to 8).
         group: columns a group, 16 or 32.
-        zero: the code that stands for 0.
-        scales: float16 or float32 [rows, in_features / group]; may be an unaligned strided view.
-        minimums: like scales, or None. float16 and float32 both mean exactly what the file says.
+        scales: a group each.
+        minimums: of the same form, or None.
+        format: the name of the file's format, for people: "Q4_1".
     """
 
-    planes: tuple[Plane, ...]
+    codes: Codes
     bits: int
     group: int
-    zero: int
-    scales: NDArray[np.floating]
-    minimums: NDArray[np.floating] | None
+    scales: Scales
+    minimums: Scales | None
     format: str
-    """The name of the file's format, for people: "Q4_1"."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,36 +202,27 @@ class GroupedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored in the file (planes, scales and minimums)."""
-        scales = self.scales.size * self.scales.itemsize * (1 if self.minimums is None else 2)
-        return sum(p.data.size for p in self.planes) + scales
+        """Bytes as stored in the file."""
+        minimums = 0 if self.minimums is None else self.minimums.nbytes
+        return self.codes.nbytes + self.scales.nbytes + minimums
 
     def take_rows(self, rows: NDArray[np.int64]) -> GroupedTensor:
         """The same weight with its rows reordered (copies)."""
         return replace(
             self,
-            planes=tuple(replace(p, data=p.data[rows]) for p in self.planes),
-            scales=self.scales[rows],
-            minimums=None if self.minimums is None else self.minimums[rows],
+            codes=self.codes.take_rows(rows),
+            scales=self.scales.take_rows(rows),
+            minimums=None if self.minimums is None else self.minimums.take_rows(rows),
         )
-
-    def codes(self) -> NDArray[np.uint8]:
-        """All codes, [out_features, in_features] uint8: slow and obvious."""
-        total = np.zeros(self.shape, np.uint8)
-        for plane in self.planes:
-            value = (plane.data[:, :, plane.byte_of] ^ np.uint8(plane.flip)) >> plane.shift_of
-            total += ((value & np.uint8((1 << plane.bits) - 1)) << np.uint8(plane.lift)).reshape(
-                self.shape
-            )
-        return total
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weight in float32 (copies)."""
         rows, columns = self.shape
-        codes = self.codes().astype(np.float32).reshape(rows, columns // self.group, self.group)
-        value = self.scales.astype(np.float32)[:, :, None] * (codes - np.float32(self.zero))
+        codes = self.codes.values().astype(np.float32) - np.float32(self.codes.zero)
+        grouped = codes.reshape(rows, columns // self.group, self.group)
+        value = self.scales.values()[:, :, None] * grouped
         if self.minimums is not None:
-            value = value + self.minimums.astype(np.float32)[:, :, None]
+            value = value + self.minimums.values()[:, :, None]
         return value.reshape(rows, columns)
 
 

@@ -14,10 +14,19 @@ from octavo.backends import cpu, reference
 from octavo.backends.cpu import _native
 from octavo.backends.program import CompileOptions, Program
 from octavo.graph.batch import Batch, Bias, Filters, Float32, Noise, Penalties, SamplingRows
-from octavo.graph.tensors import DenseTensor, GroupedTensor, Plane, StoredTensor
+from octavo.graph.tensors import (
+    BlockScales,
+    Codes,
+    DenseTensor,
+    GroupedTensor,
+    GroupScales,
+    Plane,
+    Scales,
+    StoredTensor,
+)
 from octavo.graph.trace import Graph, Ops, Value
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avxvnni", "avx512")
 
 
 @pytest.fixture(params=ISAS)
@@ -65,24 +74,50 @@ class Kit:
         return DenseTensor(values.astype(kind), "f32" if dtype == "f32" else "f16")
 
     @staticmethod
-    def grouped(
-        rng: np.random.Generator, rows: int, columns: int, bits: int, group: int, minimums: bool
-    ) -> GroupedTensor:
-        """A random grouped weight: low nibbles and, above four bits, a plane for the rest."""
-        blocks = columns // group
-        codes = rng.integers(0, 1 << bits, (rows, blocks, group), dtype=np.uint8)
+    def codes(codes: NDArray[np.uint8], bits: int, zero: int) -> Codes:
+        """Codes [rows, blocks, elements] in planes: low nibbles and, above four bits, the rest."""
         planes = []
+        half = codes.shape[2] // 2
         for lift in range(0, bits, 4):
             width = min(4, bits - lift)
             part = (codes >> lift) & ((1 << width) - 1)
-            half = group // 2  # element e of the first half beside e + half, as in GGUF
+            # Element e of the first half stands beside e + half, as in GGUF.
             data = part[:, :, :half] | (part[:, :, half:] << 4)
             byte_of = np.tile(np.arange(half, dtype=np.uint16), 2)
             shift_of = np.repeat(np.array([0, 4], np.uint8), half)
             planes.append(Plane(data, byte_of, shift_of, width, lift))
-        scales = rng.uniform(0.5, 1.5, (rows, blocks)).astype(np.float16) / np.float16(2**bits)
-        lows = rng.normal(0, 0.3, (rows, blocks)).astype(np.float16) if minimums else None
-        return GroupedTensor(tuple(planes), bits, group, 1 << (bits - 1), scales, lows, "test")
+        return Codes(tuple(planes), zero)
+
+    @staticmethod
+    def grouped(
+        rng: np.random.Generator,
+        rows: int,
+        columns: int,
+        bits: int,
+        group: int,
+        *,
+        minimums: bool,
+        two_level: bool = False,
+    ) -> GroupedTensor:
+        """A random grouped weight; two-level scales need columns a multiple of 256."""
+        groups = columns // group
+        codes = rng.integers(0, 1 << bits, (rows, groups, group), dtype=np.uint8)
+
+        def scales(low: float, high: float, sign: int) -> Scales:
+            if not two_level:
+                return GroupScales(rng.uniform(low, high, (rows, groups)).astype(np.float16))
+            factors = rng.integers(0, 64, (rows, columns // 256, 256 // group), dtype=np.uint8)
+            d = rng.uniform(low, high, (rows, columns // 256)).astype(np.float16) / np.float16(32)
+            return BlockScales(d, Kit.codes(factors, 6, 0 if sign < 0 else 20), sign)
+
+        return GroupedTensor(
+            Kit.codes(codes, bits, 1 << (bits - 1)),
+            bits,
+            group,
+            scales(0.5 / 2**bits, 1.5 / 2**bits, 1),
+            scales(-0.5, 0.5, -1) if minimums else None,
+            "test",
+        )
 
     @staticmethod
     def batch(

@@ -42,7 +42,7 @@ def model(kit: Any) -> tuple[Graph, dict[str, StoredTensor]]:
             weights[name] = kit.dense(rng.normal(1, 0.1, shape))
         else:
             bits = 8 if name.startswith("embed") else 4
-            weights[name] = kit.grouped(rng, *shape, bits, 32, bits == 4)
+            weights[name] = kit.grouped(rng, *shape, bits, 32, minimums=bits == 4)
     return graph, weights
 
 

@@ -158,7 +158,9 @@ def test_value_needed_twice_survives_rope(
     x = ops.linear(ops.input("x", 32), "w", 32)
     graph = ops.finish(logits=ops.rope(x, 32, (0.5,) * 16), plain=x)
     weight = (
-        kit.grouped(rng, 32, 32, 4, 32, False) if grouped else kit.dense(rng.normal(0, 1, (32, 32)))
+        kit.grouped(rng, 32, 32, 4, 32, minimums=False)
+        if grouped
+        else kit.dense(rng.normal(0, 1, (32, 32)))
     )
     inputs = {"x": rng.normal(0, 1, (3, 32)).astype(np.float32)}
     batch = kit.batch([kit.Part([0], 5, 3)], inputs=inputs)

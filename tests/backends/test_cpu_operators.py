@@ -43,7 +43,7 @@ def test_embed(kit: Any, rng: np.random.Generator, isa: str, kind: str) -> None:
     if kind in ("f32", "f16", "bf16"):
         weight = kit.dense(rng.normal(0, 1, (70, 96)), kind)
     else:
-        weight = kit.grouped(rng, 70, 96, int(kind[0]), 32, "minimums" in kind)
+        weight = kit.grouped(rng, 70, 96, int(kind[0]), 32, minimums="minimums" in kind)
     graph = kit.graph(lambda ops: ops.embed("e", 70, 96))
     batch = kit.batch([kit.Part([0], 0, 5)], token_ids=[0, 69, 31, 32, 69])
     actual, expected = kit.both(graph, {"e.weight": weight}, kit.options(isa=isa), [batch])
@@ -74,18 +74,31 @@ def test_linear_dense(
     assert_close("linear dense", *kit.both(graph, weights, kit.options(isa=isa), [batch]))
 
 
+@pytest.mark.parametrize("two_level", [False, True])
 @pytest.mark.parametrize("minimums", [False, True])
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 16), (8, 32), (6, 16)])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(4, 32), (5, 32), (8, 32), (4, 16), (2, 16), (3, 16), (6, 16)]
+)
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_linear_grouped(
-    kit: Any, rng: np.random.Generator, isa: str, bits: int, group: int, minimums: bool, tokens: int
+    kit: Any,
+    rng: np.random.Generator,
+    isa: str,
+    bits: int,
+    group: int,
+    minimums: bool,
+    two_level: bool,
+    tokens: int,
 ) -> None:
-    graph = kit.graph(lambda ops: ops.linear(ops.input("x", 192), "w", 70, bias=True))
+    columns = 512 if two_level else 192 + group
+    graph = kit.graph(lambda ops: ops.linear(ops.input("x", columns), "w", 70, bias=True))
     weights = {
-        "w.weight": kit.grouped(rng, 70, 192, bits, group, minimums),
+        "w.weight": kit.grouped(
+            rng, 70, columns, bits, group, minimums=minimums, two_level=two_level
+        ),
         "w.bias": kit.dense(rng.normal(0, 1, 70)),
     }
-    batch = step(kit, x=random_input(rng, tokens, 192))
+    batch = step(kit, x=random_input(rng, tokens, columns))
     assert_close("linear grouped", *kit.both(graph, weights, kit.options(isa=isa), [batch]))
 
 

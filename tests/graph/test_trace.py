@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.graph import ops as op
-from octavo.graph.tensors import DenseTensor, GroupedTensor, Plane
+from octavo.graph.tensors import Codes, DenseTensor, GroupedTensor, GroupScales, Plane
 from octavo.graph.trace import Graph, Ops
 
 
@@ -97,10 +97,12 @@ def test_grouped_tensor(rows: int, blocks: int, seed: int) -> None:
     )
     scales = random.normal(size=(rows, blocks)).astype(np.float16)
     minimums = random.normal(size=(rows, blocks)).astype(np.float16)
-    tensor = GroupedTensor(planes, 5, 32, 3, scales, minimums, "test")
+    tensor = GroupedTensor(
+        Codes(planes, 3), 5, 32, GroupScales(scales), GroupScales(minimums), "test"
+    )
     assert tensor.shape == (rows, blocks * 32)
     assert tensor.nbytes == data.size + 4 * rows * blocks
-    assert np.array_equal(tensor.codes(), codes.reshape(rows, -1))
+    assert np.array_equal(tensor.codes.values(), codes.reshape(rows, -1))
     wide = np.float32(scales)[..., None] * (codes - 3).astype(np.float32)
     expected = (wide + np.float32(minimums)[..., None]).reshape(rows, -1)
     assert np.array_equal(tensor.dequantize(), expected)

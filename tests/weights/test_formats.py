@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from octavo.errors import ModelFileError
-from octavo.graph.tensors import DenseTensor, GroupedTensor
+from octavo.graph.tensors import BlockScales, DenseTensor, GroupedTensor, GroupScales
 from octavo.weights.formats.registry import BLOCKS, SUPPORTED, read_tensor
 from octavo.weights.gguf import TENSOR_TYPES, GGUFFile
 from octavo.weights.mapping import TensorInfo
@@ -53,7 +53,7 @@ def test_grouped_formats(blocks: Blocks, name: str, rows: int, per_row: int) -> 
     assert tensor.shape == shape
     assert tensor.format == name
     np.testing.assert_array_equal(bits(tensor.dequantize()), bits(expected(data, name)))
-    assert int(tensor.codes().max()) < 1 << tensor.bits
+    assert int(tensor.codes.values().max()) < 1 << tensor.bits
     order = np.random.default_rng(1).permutation(rows)
     np.testing.assert_array_equal(
         bits(tensor.take_rows(order).dequantize()), bits(expected(data[order], name))
@@ -66,7 +66,7 @@ def test_every_code_of_a_format_occurs_and_every_bit_counts(blocks: Blocks, name
     data = blocks(name, 4096 if name == "Q8_0" else 1024, 1)
     tensor = mapped(data, name, (data.shape[0], SIZES[name].block_len))
     assert isinstance(tensor, GroupedTensor)
-    codes = tensor.codes()
+    codes = tensor.codes.values()
     for place in range(codes.shape[1]):
         assert len(np.unique(codes[:, place])) == 1 << tensor.bits, place
 
@@ -79,24 +79,23 @@ def test_codes_are_views_of_the_file(blocks: Blocks, name: str) -> None:
     info = TensorInfo("x", (2, 2 * SIZES[name].block_len), name, 0, data.size)
     tensor = read_tensor(info, buffer)
     assert isinstance(tensor, GroupedTensor)
-    before = tensor.codes().copy()
+    before = tensor.codes.values().copy()
     buffer[:] = bytes(byte ^ 0xFF for byte in data.tobytes())
-    assert (tensor.codes() != before).all()
-    for plane in tensor.planes:
+    assert (tensor.codes.values() != before).all()
+    for plane in tensor.codes.planes:
         assert plane.byte_of.dtype == np.uint16
         assert plane.shift_of.dtype == np.uint8
         assert len(plane.byte_of) == len(plane.shift_of) == SIZES[name].block_len
         assert int(plane.byte_of.max()) == plane.data.shape[2] - 1
         assert int(plane.shift_of.max()) + plane.bits <= 8
-    simple = tensor.scales.dtype == np.float16
-    assert simple == (not name.endswith("K"))
+    assert isinstance(tensor.scales, BlockScales if name.endswith("K") else GroupScales)
 
 
 @pytest.mark.parametrize(("name", "zero"), [("Q4_0", 8), ("Q5_0", 16), ("Q8_0", 128)])
 def test_zero_codes(blocks: Blocks, name: str, zero: int) -> None:
     tensor = mapped(blocks(name, 1, 1), name, (1, 32))
     assert isinstance(tensor, GroupedTensor)
-    assert (tensor.zero, tensor.group, tensor.minimums) == (zero, 32, None)
+    assert (tensor.codes.zero, tensor.group, tensor.minimums) == (zero, 32, None)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 64])
@@ -131,7 +130,7 @@ def test_corrupt_scales_are_no_crash(blocks: Blocks) -> None:
         data = np.full_like(blocks(name, 1, 1), 0xFF)
         tensor = mapped(data, name, (1, SIZES[name].block_len))
         assert isinstance(tensor, GroupedTensor)
-        assert np.isnan(tensor.scales.astype(np.float32)).all()
+        assert np.isnan(tensor.scales.values()).all()
 
 
 def test_the_default_model(smollm2_path: Path) -> None:

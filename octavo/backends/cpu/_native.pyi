@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 from octavo.graph.batch import Batch, SamplingRows
 
 PlaneTuple = tuple[int, tuple[int, int, int], NDArray[np.uint16], NDArray[np.uint8], int, int, int]
-ScaleTuple = tuple[int, tuple[int, int], bool]
+CodesTuple = tuple[Sequence[PlaneTuple], int]
+ScaleTuple = tuple[int, tuple[int, int], CodesTuple, bool]
 SampledArrays = tuple[
     NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]
 ]
 RowOpFields = dict[str, int | float | str]
 
 def has_isa(name: str) -> bool:
-    """Whether this machine can run the kernels of "scalar", "avx2" or "avx512"."""
+    """Whether this machine can run the kernels of "scalar", "avx2", "avxvnni" or "avx512"."""
 
 class Program:
     """A graph lowered to stages; see csrc/program.h. ValueErrors are faults of contract."""
@@ -36,8 +37,8 @@ class Program:
     def add_grouped(
         self,
         shape: tuple[int, int],
-        codes: tuple[int, int, int],
-        planes: Sequence[PlaneTuple],
+        sizes: tuple[int, int],
+        codes: CodesTuple,
         scales: ScaleTuple,
         minimums: ScaleTuple | None,
     ) -> int: ...
@@ -54,7 +55,7 @@ class Program:
         self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
     ) -> int: ...
     def add_quantized(
-        self, codes: int, scales: int, sums: int, features: int, group: int
+        self, codes: int, scales: int, sums: int, scaled_sums: int, features: int, group: int
     ) -> int: ...
     def add_rows_stage(self, selected: bool, ops: Sequence[RowOpFields]) -> None: ...
     def add_linear_stage(

@@ -13,9 +13,18 @@ from numpy.typing import NDArray
 
 from octavo.backends.cpu import _native
 from octavo.errors import KernelError
-from octavo.graph.tensors import DenseTensor, GroupedTensor, Plane, StoredTensor
+from octavo.graph.tensors import (
+    Codes,
+    DenseTensor,
+    GroupedTensor,
+    GroupScales,
+    Plane,
+    Scales,
+    StoredTensor,
+)
 
-_Scales = NDArray[np.floating[Any]]
+BLOCK_COLUMNS = 256
+"""Columns a block of two-level scales, in the kernels' layout (csrc/kernels.h)."""
 
 _DENSE_DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 
@@ -47,22 +56,22 @@ def _add_grouped(program: _native.Program, weight: GroupedTensor) -> int:
     rows, columns = weight.shape
     if weight.group not in (16, 32) or not 1 <= weight.bits <= 8:
         raise ValueError(f"groups of {weight.group} with {weight.bits} bits are not supported")
-    planes = [_plane(plane, rows, columns) for plane in weight.planes]
-    keep = [_checked_scales(weight.scales)]
-    if weight.minimums is not None:
-        keep.append(_checked_scales(weight.minimums))
-        if keep[1].shape != keep[0].shape:
-            raise ValueError("scales and minimums differ in shape")
-        if keep[1].dtype != keep[0].dtype:
-            keep = [array.astype(np.float32) for array in keep]
-    scales = [_scales(array) for array in keep]
+    scales, minimums = weight.scales, weight.minimums
+    if minimums is not None and (
+        type(minimums) is not type(scales) or minimums.shape != scales.shape
+    ):
+        raise ValueError("scales and minimums differ in form")
     return program.add_grouped(
         (rows, columns),
-        (weight.group, weight.bits, weight.zero),
-        planes,
-        scales[0],
-        scales[1] if len(scales) == 2 else None,
+        (weight.group, weight.bits),
+        _codes(weight.codes, rows, columns),
+        _scales(scales, weight.group),
+        None if minimums is None else _scales(minimums, weight.group),
     )
+
+
+def _codes(codes: Codes, rows: int, columns: int) -> _native.CodesTuple:
+    return [_plane(plane, rows, columns) for plane in codes.planes], codes.zero
 
 
 def _plane(plane: Plane, rows: int, columns: int) -> _native.PlaneTuple:
@@ -78,15 +87,17 @@ def _plane(plane: Plane, rows: int, columns: int) -> _native.PlaneTuple:
     return _address(data), strides, byte_of, shift_of, plane.bits, plane.lift, plane.flip
 
 
-def _checked_scales(scales: _Scales) -> _Scales:
-    if scales.ndim != 2 or scales.dtype not in (np.float16, np.float32):
-        raise ValueError("scales must be float16 or float32 of two dimensions")
-    return scales
-
-
-def _scales(scales: _Scales) -> tuple[int, tuple[int, int], bool]:
-    strides = (scales.strides[0], scales.strides[1])
-    return _address(scales), strides, scales.dtype == np.float32
+def _scales(scales: Scales, group: int) -> _native.ScaleTuple:
+    halves = scales.halves if isinstance(scales, GroupScales) else scales.d
+    if halves.ndim != 2 or halves.dtype != np.float16:
+        raise ValueError("scales must be float16 of two dimensions")
+    strides = (halves.strides[0], halves.strides[1])
+    if isinstance(scales, GroupScales):
+        return _address(halves), strides, ([], 0), False
+    rows, groups = scales.shape
+    if groups != halves.shape[1] * BLOCK_COLUMNS // group:
+        raise ValueError(f"scales of two levels must have blocks of {BLOCK_COLUMNS} columns")
+    return _address(halves), strides, _codes(scales.factors, rows, groups), scales.sign < 0
 
 
 def _add_dense(program: _native.Program, weight: DenseTensor) -> int:

@@ -132,10 +132,13 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def quantized_places(place: int, rows: int, features: int, group: int) -> tuple[int, int, int]:
-    """Byte offsets of codes, scales and sums of a quantized value that begins at `place`."""
+def quantized_places(
+    place: int, rows: int, features: int, group: int
+) -> tuple[int, int, int, int]:
+    """Byte offsets of codes, scales, sums and scaled sums of a value that begins at `place`."""
     scales = place + align(rows * features)
-    return place, scales, scales + align(rows * (features // group) * 4)
+    size = align(rows * (features // group) * 4)
+    return place, scales, scales + size, scales + 2 * size
 
 
 def value_bytes(key: Key, features: int, rows: int) -> int:
@@ -143,7 +146,7 @@ def value_bytes(key: Key, features: int, rows: int) -> int:
     if isinstance(key, int) or key[0] != "quantized":
         return align(rows * features * 4)
     group = key[2]
-    return align(rows * features) + 2 * align(rows * (features // group) * 4)
+    return align(rows * features) + 3 * align(rows * (features // group) * 4)
 
 
 @dataclass(slots=True)

@@ -37,17 +37,17 @@ class RoundedLinear:
     def of(cls, weight: GroupedTensor) -> RoundedLinear:
         """Lay a stored weight out by groups."""
         rows, columns = weight.shape
-        codes = weight.codes().astype(np.float32) - np.float32(weight.zero)
+        codes = weight.codes.values().astype(np.float32) - np.float32(weight.codes.zero)
         by_group = codes.reshape(rows, columns // weight.group, weight.group)
         return cls(
             np.ascontiguousarray(by_group.transpose(1, 2, 0)),
-            _by_group(weight.scales),
-            None if weight.minimums is None else _by_group(weight.minimums),
+            _by_group(weight.scales.values()),
+            None if weight.minimums is None else _by_group(weight.minimums.values()),
         )
 
 
-def _by_group(scales: NDArray[np.floating]) -> Float32:
-    return np.ascontiguousarray(scales.astype(np.float32).T[:, None, :])
+def _by_group(scales: Float32) -> Float32:
+    return np.ascontiguousarray(scales.T[:, None, :])
 
 
 def round_to_int8(x: Float32, group: int) -> tuple[Float32, Float32]:

@@ -1,9 +1,8 @@
 """The "K" formats: super-blocks of 256 elements, groups with small integer scales.
 
 Each super-block has one float16 d (and dmin). A group's scale is d * sc and its minimum -(dmin *
-m), both exact products rounded once to float32, so that scale * (code - zero) + minimum has the
-bits that the format's own definition gives. These two are computed; the codes stay views of the
-file.
+m), both exact in float32, so that scale * (code - zero) + minimum has the bits that the format's
+own definition gives. Codes and factors stay views of the file.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.weights.formats.layout import BlockLayout, Bytes, PlaneLayout, Scales, half, plane
+from octavo.weights.formats.layout import BlockLayout, PlaneLayout, ScaleLayout, plane
 
 _ELEMENT: NDArray[np.int64] = np.arange(256)
 _HALF = _ELEMENT // 128  # of the super-block
@@ -39,45 +38,56 @@ def _q6_nibbles(start: int) -> PlaneLayout:
     return plane(start, _HALF * 64 + _QUARTER % 2 * 32 + _LANE, _QUARTER // 2 * 4, 4)
 
 
-def _scaled(d: NDArray[np.float16], factors: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Product of d [rows, blocks] and factors [rows, blocks, groups] → [rows, blocks * groups]."""
-    with np.errstate(invalid="ignore"):  # a file may hold infinities; they are its own affair
-        product = d.astype(np.float32)[:, :, None] * factors.astype(np.float32)
-    return product.reshape(d.shape[0], -1)
+_GROUP: NDArray[np.int64] = np.arange(16)
+_EIGHT: NDArray[np.int64] = np.arange(8)
+
+# Q2_K: 16 bytes, scales in low nibbles, minimums in high ones.
+_Q2_SCALES = (plane(0, _GROUP, 0 * _GROUP, 4),)
+_Q2_MINIMUMS = (plane(0, _GROUP, 0 * _GROUP + 4, 4),)
+
+# Q3_K: 16 scales of 6 bits: 8 bytes of low nibbles, then 4 bytes of high pairs.
+_Q3_SCALES = (
+    plane(96, _GROUP % 8, _GROUP // 8 * 4, 4),
+    plane(104, _GROUP % 4, _GROUP // 4 * 2, 2, lift=4),
+)
 
 
-def _q2_scales(blocks: Bytes) -> tuple[Scales, Scales | None]:
-    """16 bytes: scales in low nibbles, minimums in high ones; d and dmin at the end."""
-    packed = blocks[:, :, :16]
-    return _scaled(half(blocks, 80), packed & 15), -_scaled(half(blocks, 82), packed >> 4)
+def _six_bits(first: int, high_shift: int) -> tuple[PlaneLayout, ...]:
+    """Q4_K, Q5_K: of 8 factors in 12 bytes four are whole, four in nibbles and others' top pairs.
+
+    Args:
+        first: the byte of factor 0; factor 4's top pair is there too.
+        high_shift: of the nibble of factors 4 to 7.
+    """
+    is_late, lane = _EIGHT // 4, _EIGHT % 4
+    return (
+        plane(first, lane + is_late * (12 - first), is_late * high_shift, 4),
+        plane(first, lane, 4 + 2 * is_late, 2, lift=4),
+    )
 
 
-def _q3_scales(blocks: Bytes) -> tuple[Scales, Scales | None]:
-    """16 scales of 6 bits, counted from 32: 8 bytes of low nibbles, then 4 bytes of high pairs."""
-    low, high = blocks[:, :, 96:104], blocks[:, :, 104:108]
-    fours = np.concatenate([low & 15, low >> 4], axis=2)
-    twos = np.concatenate([(high >> np.uint8(shift)) & 3 for shift in (0, 2, 4, 6)], axis=2)
-    scales = (fours | (twos << 4)).astype(np.int8) - np.int8(32)
-    return _scaled(half(blocks, 108), scales), None
+_Q45_SCALES = ScaleLayout(0, _six_bits(4, 0))
+_Q45_MINIMUMS = ScaleLayout(2, _six_bits(8, 4), sign=-1)
 
-
-def _q45_scales(blocks: Bytes) -> tuple[Scales, Scales | None]:
-    """8 scales and 8 minimums of 6 bits in 12 bytes: four whole, four in nibbles and top pairs."""
-    first, second, third = blocks[:, :, 4:8], blocks[:, :, 8:12], blocks[:, :, 12:16]
-    scales = np.concatenate([first & 63, (third & 15) | (first >> 2 & 48)], axis=2)
-    minimums = np.concatenate([second & 63, (third >> 4) | (second >> 2 & 48)], axis=2)
-    return _scaled(half(blocks, 0), scales), -_scaled(half(blocks, 2), minimums)
-
-
-def _q6_scales(blocks: Bytes) -> tuple[Scales, Scales | None]:
-    """16 signed bytes and d."""
-    return _scaled(half(blocks, 208), blocks[:, :, 192:208].view(np.int8)), None
-
+# Q6_K: 16 signed bytes.
+_Q6_SCALES = (plane(192, _GROUP, 0 * _GROUP, 8, flip=0x80),)
 
 K_QUANTS = (
-    BlockLayout("Q2_K", 256, 84, 16, 2, 0, (_pairs(16),), _q2_scales),
-    BlockLayout("Q3_K", 256, 110, 16, 3, 4, (_pairs(32), _single_bits(0, lift=2)), _q3_scales),
-    BlockLayout("Q4_K", 256, 144, 32, 4, 0, (_nibbles(16),), _q45_scales),
-    BlockLayout("Q5_K", 256, 176, 32, 5, 0, (_nibbles(48), _single_bits(16, lift=4)), _q45_scales),
-    BlockLayout("Q6_K", 256, 210, 16, 6, 32, (_q6_nibbles(0), _pairs(128, lift=4)), _q6_scales),
-)
+    BlockLayout(
+        "Q2_K", 256, 84, 16, 2, 0, (_pairs(16),),
+        ScaleLayout(80, _Q2_SCALES), ScaleLayout(82, _Q2_MINIMUMS, sign=-1),
+    ),
+    BlockLayout(
+        "Q3_K", 256, 110, 16, 3, 4, (_pairs(32), _single_bits(0, lift=2)),
+        ScaleLayout(108, _Q3_SCALES, zero=32),
+    ),
+    BlockLayout("Q4_K", 256, 144, 32, 4, 0, (_nibbles(16),), _Q45_SCALES, _Q45_MINIMUMS),
+    BlockLayout(
+        "Q5_K", 256, 176, 32, 5, 0, (_nibbles(48), _single_bits(16, lift=4)),
+        _Q45_SCALES, _Q45_MINIMUMS,
+    ),
+    BlockLayout(
+        "Q6_K", 256, 210, 16, 6, 32, (_q6_nibbles(0), _pairs(128, lift=4)),
+        ScaleLayout(208, _Q6_SCALES, zero=128),
+    ),
+)  # fmt: skip

@@ -6,16 +6,14 @@ block make the codes, and how scales and minimums come out of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.graph.tensors import GroupedTensor, Plane
+from octavo.graph.tensors import BlockScales, Codes, GroupedTensor, GroupScales, Plane, Scales
 
 Bytes = NDArray[np.uint8]
-Scales = NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,26 @@ class PlaneLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleLayout:
+    """Where scales or minimums lie: a float16 at byte `start`, times small factors if there are any.
+
+    The rest as in BlockScales.
+    """
+
+    start: int
+    factors: tuple[PlaneLayout, ...] = ()
+    zero: int = 0
+    sign: int = 1
+
+    def read(self, blocks: Bytes) -> Scales:
+        """The scales of blocks [rows, blocks, block_bytes], as views."""
+        halves = half(blocks, self.start)
+        if not self.factors:
+            return GroupScales(halves)
+        return BlockScales(halves, Codes(_planes(blocks, self.factors), self.zero), self.sign)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockLayout:
     """A format of blocks.
 
@@ -42,8 +60,8 @@ class BlockLayout:
         group: elements that share a scale.
         bits, zero: as in GroupedTensor.
         planes: where the codes lie.
-        scales: blocks [rows, blocks, block_bytes] → scales and minimums (or None),
-            each [rows, groups].
+        scales: where the scales lie.
+        minimums: where the minimums lie, if the format has any.
     """
 
     name: str
@@ -53,7 +71,8 @@ class BlockLayout:
     bits: int
     zero: int
     planes: tuple[PlaneLayout, ...]
-    scales: Callable[[Bytes], tuple[Scales, Scales | None]]
+    scales: ScaleLayout
+    minimums: ScaleLayout | None = None
 
     def read(self, data: Bytes, shape: tuple[int, int]) -> GroupedTensor:
         """See the bytes of a whole tensor as its stored form.
@@ -64,19 +83,21 @@ class BlockLayout:
         """
         rows, columns = shape
         blocks = data.reshape(rows, columns // self.block_len, self.block_bytes)
-        scales, minimums = self.scales(blocks)
         return GroupedTensor(
-            planes=tuple(
-                Plane(blocks[:, :, p.start : p.stop], p.byte_of, p.shift_of, p.bits, p.lift, p.flip)
-                for p in self.planes
-            ),
+            codes=Codes(_planes(blocks, self.planes), self.zero),
             bits=self.bits,
             group=self.group,
-            zero=self.zero,
-            scales=scales,
-            minimums=minimums,
+            scales=self.scales.read(blocks),
+            minimums=None if self.minimums is None else self.minimums.read(blocks),
             format=self.name,
         )
+
+
+def _planes(blocks: Bytes, layouts: tuple[PlaneLayout, ...]) -> tuple[Plane, ...]:
+    return tuple(
+        Plane(blocks[:, :, p.start : p.stop], p.byte_of, p.shift_of, p.bits, p.lift, p.flip)
+        for p in layouts
+    )
 
 
 def plane(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.weights.formats.layout import BlockLayout, Bytes, PlaneLayout, Scales, half, plane
+from octavo.weights.formats.layout import BlockLayout, PlaneLayout, ScaleLayout, plane
 
 _ELEMENT: NDArray[np.int64] = np.arange(32)
 
@@ -22,20 +22,14 @@ def _fifth_bits(start: int) -> PlaneLayout:
     return plane(start, _ELEMENT // 8, _ELEMENT % 8, 1, lift=4)
 
 
-def _scale(blocks: Bytes) -> tuple[Scales, Scales | None]:
-    return half(blocks, 0), None
-
-
-def _scale_and_minimum(blocks: Bytes) -> tuple[Scales, Scales | None]:
-    return half(blocks, 0), half(blocks, 2)
-
+_FIRST, _SECOND = ScaleLayout(0), ScaleLayout(2)
 
 _BYTES = plane(2, _ELEMENT, 0 * _ELEMENT, 8, flip=0x80)
 
 SIMPLE = (
-    BlockLayout("Q4_0", 32, 18, 32, 4, 8, (_nibbles(2),), _scale),
-    BlockLayout("Q4_1", 32, 20, 32, 4, 0, (_nibbles(4),), _scale_and_minimum),
-    BlockLayout("Q5_0", 32, 22, 32, 5, 16, (_nibbles(6), _fifth_bits(2)), _scale),
-    BlockLayout("Q5_1", 32, 24, 32, 5, 0, (_nibbles(8), _fifth_bits(4)), _scale_and_minimum),
-    BlockLayout("Q8_0", 32, 34, 32, 8, 128, (_BYTES,), _scale),
+    BlockLayout("Q4_0", 32, 18, 32, 4, 8, (_nibbles(2),), _FIRST),
+    BlockLayout("Q4_1", 32, 20, 32, 4, 0, (_nibbles(4),), _FIRST, _SECOND),
+    BlockLayout("Q5_0", 32, 22, 32, 5, 16, (_nibbles(6), _fifth_bits(2)), _FIRST),
+    BlockLayout("Q5_1", 32, 24, 32, 5, 0, (_nibbles(8), _fifth_bits(4)), _FIRST, _SECOND),
+    BlockLayout("Q8_0", 32, 34, 32, 8, 128, (_BYTES,), _FIRST),
 )

@@ -15,7 +15,14 @@ from octavo.backends.program import CompileOptions
 from octavo.errors import ConfigError, KernelError
 from octavo.graph import ops as op
 from octavo.graph.batch import Batch
-from octavo.graph.tensors import DenseTensor, GroupedTensor, Plane, StoredTensor
+from octavo.graph.tensors import (
+    Codes,
+    DenseTensor,
+    GroupedTensor,
+    GroupScales,
+    Plane,
+    StoredTensor,
+)
 from octavo.graph.trace import CacheGroup, Graph, Node, Ops
 
 
@@ -113,9 +120,11 @@ def grouped(rows: int, columns: int, group: int, seed: int, *, minimums: bool) -
     random = np.random.default_rng(seed)
     codes = random.integers(0, 256, (rows, 1, columns)).astype(np.uint8)
     plane = Plane(codes, np.arange(columns, dtype=np.uint16), np.zeros(columns, np.uint8), 8)
-    scales = random.normal(0, 0.01, (rows, columns // group)).astype(np.float32)
-    least = random.normal(0, 0.1, scales.shape).astype(np.float32) if minimums else None
-    return GroupedTensor((plane,), 8, group, 128, scales, least, "test")
+    scales = random.normal(0, 0.01, (rows, columns // group)).astype(np.float16)
+    least = GroupScales(random.normal(0, 0.1, scales.shape).astype(np.float16))
+    return GroupedTensor(
+        Codes((plane,), 128), 8, group, GroupScales(scales), least if minimums else None, "test"
+    )
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -131,7 +140,7 @@ def test_linear_rounds_activations_as_its_contract_says(group: int, minimums: bo
     y = run(graph, {"w.weight": w, "w.bias": bias}, one_sequence(3, inputs={"x": x}))
 
     f = np.float32
-    codes = w.codes().astype(int)
+    codes = w.codes.values().astype(int)
     for t in range(3):
         for n in range(5):
             total = f(0)
@@ -143,9 +152,9 @@ def test_linear_rounds_activations_as_its_contract_says(group: int, minimums: bo
                 factor = f(0) if small else f(127) / peak
                 rounded = [round(float(value * factor)) for value in x[t, k]]
                 exact = sum((int(c) - 128) * r for c, r in zip(codes[n, k], rounded, strict=True))
-                product = w.scales[n, g] * scale * f(exact)
+                product = w.scales.values()[n, g] * scale * f(exact)
                 if w.minimums is not None:
-                    product = product + w.minimums[n, g] * scale * f(sum(rounded))
+                    product = product + w.minimums.values()[n, g] * scale * f(sum(rounded))
                 total = total + product
             assert y[t, n] == total + bias.data[n]
 
