@@ -7,7 +7,8 @@
 namespace octavo {
 namespace OCTAVO_NS {
 
-void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, QuantizedRows out);
+void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, int64_t first_row,
+                   const QuantizedRows& out);
 void linear(const LinearArgs* args, int64_t panel_begin, int64_t panel_end);
 void embed_row(const PackedWeight* weight, int64_t row, float* out);
 

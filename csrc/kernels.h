@@ -46,13 +46,17 @@ static inline GroupedLayout layout_of(const PackedWeight& w) {
   return {columns, factors, header, unit, block, (w.k + columns - 1) / columns * block};
 }
 
-// Rows rounded to int8 as graph/ops.py (Linear) says.
+// Rows rounded to int8 as graph/ops.py (Linear) says, a group of columns after the other, so that the rows of a tile lie side by side.
 struct QuantizedRows {
-  int8_t* codes;      // [rows][k]
-  float* scales;      // [rows][k / group]
-  int32_t* sums;      // [rows][k / group], sum of the codes of the group
-  float* scaled_sums; // [rows][k / group], scale * sum rounded once
+  int8_t* codes;       // [k / group][stride][group]
+  float* scales;       // [k / group][stride]
+  float* sums;         // [k / group][stride], sum of the codes of the group: a whole number
+  float* scaled_sums;  // [k / group][stride], scale * sum rounded once
+  int64_t stride;      // at least the rows, see quantized_stride
 };
+
+// Odd, so that groups do not fall onto the same lines of a cache.
+static inline int64_t quantized_stride(int64_t rows) { return rows | 1; }
 
 struct LinearArgs {
   const PackedWeight* weight;
@@ -100,7 +104,8 @@ struct KernelTable {
   const char* isa;  // "scalar", "avx2", "avxvnni", "avx512"
 
   // linear.cpp
-  void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, QuantizedRows out);
+  void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, int64_t first_row,
+                        const QuantizedRows& out);
   void (*linear)(const LinearArgs* args, int64_t panel_begin, int64_t panel_end);
   void (*embed_row)(const PackedWeight* weight, int64_t row, float* out);
 

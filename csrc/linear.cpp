@@ -15,7 +15,7 @@
 // memory is the limit, take both vectors at once. Codes of 6 and 8 bits leave 16 bits after two and one steps, so sums are 32-bit
 // and rows come before steps, four at a time. Codes are taken apart anew for each tile: a few cheap instructions beside twelve
 // products. Each load of codes fetches 4 KB ahead, over the page's end where the hardware stops. Zero points become a number a
-// row and group, -zero * sum of code_x, that the integer sum begins with.
+// row and group, -zero * sum of code_x, that is added to the sum in float32, exact since all of it stays below 2**24.
 #include "kernel_functions.h"
 #include "simd.h"
 
@@ -64,7 +64,7 @@ struct GroupedPanel {
   const uint8_t* data;
   GroupedLayout layout;
   int64_t groups;
-  int32_t shift;  // the integer sum begins with shift * sum of code_x
+  float shift;  // shift * sum of code_x is added to the integer sum
   bool has_minimums;
 };
 
@@ -103,8 +103,11 @@ OCTAVO_INLINE void finish(const f32x16 (&c)[kRows][kVectors], const Output& to) 
 
 // ---- grouped weights ---------------------------------------------------------------------------------------------
 
-OCTAVO_INLINE u8x64 fetch(const uint8_t* p) {
-  __builtin_prefetch(p + kAhead);
+// The vector of a plane that holds step kStep, one of kTogether steps in it.
+template <int kStep, int kTogether>
+OCTAVO_INLINE u8x64 fetch(const uint8_t* plane) {
+  const uint8_t* p = plane + kStep / kTogether * 128;
+  if constexpr (kStep % kTogether == 0) __builtin_prefetch(p + kAhead);
   return load_u8(p);
 }
 
@@ -115,13 +118,13 @@ OCTAVO_INLINE u8x64 load_codes(const uint8_t* unit) {
     __builtin_prefetch(unit + kStep * 128 + kAhead);
     return load_bytes(unit + kStep * 128);
   } else if constexpr (kBits >= 4) {
-    const u8x64 low = move_bits<kStep % 2 * 4, 0, 15>(fetch(unit + kStep / 2 * 128));
-    if constexpr (kBits == 5) return low | move_bits<kStep, 4, 1>(fetch(unit + 512));
-    if constexpr (kBits == 6) return low | move_bits<kStep % 4 * 2, 4, 3>(fetch(unit + 512 + kStep / 4 * 128));
+    const u8x64 low = move_bits<kStep % 2 * 4, 0, 15>(fetch<kStep, 2>(unit));
+    if constexpr (kBits == 5) return low | move_bits<kStep, 4, 1>(fetch<kStep, 8>(unit + 512));
+    if constexpr (kBits == 6) return low | move_bits<kStep % 4 * 2, 4, 3>(fetch<kStep, 4>(unit + 512));
     return low;
   } else {
-    const u8x64 low = move_bits<kStep % 4 * 2, 0, 3>(fetch(unit + kStep / 4 * 128));
-    if constexpr (kBits == 3) return low | move_bits<kStep, 2, 1>(fetch(unit + 256));
+    const u8x64 low = move_bits<kStep % 4 * 2, 0, 3>(fetch<kStep, 4>(unit));
+    if constexpr (kBits == 3) return low | move_bits<kStep, 2, 1>(fetch<kStep, 8>(unit + 256));
     return low;
   }
 }
@@ -144,8 +147,7 @@ OCTAVO_INLINE Output at_column(const Output& to, int64_t column) {
 
 // The integer sums of the group whose first step of a unit is kFirst.
 template <int kBits, int kGroup, int kRows, int kVectors, int kFirst>
-OCTAVO_INLINE void multiply_group(const uint8_t* unit, const int8_t* x, int64_t k, const int32_t (&starts)[kRows],
-                                  i32x16 (&totals)[kRows][kVectors]) {
+OCTAVO_INLINE void multiply_group(const uint8_t* unit, const int8_t* x, i32x16 (&totals)[kRows][kVectors]) {
   constexpr int kSteps = kGroup / 4, kSpan = kMostSteps<kBits> < kSteps ? kMostSteps<kBits> : kSteps;
   for_each<kSteps / kSpan>([&](auto span) OCTAVO_INLINE_LAMBDA {
     constexpr int kBegin = decltype(span)::value * kSpan;
@@ -163,10 +165,10 @@ OCTAVO_INLINE void multiply_group(const uint8_t* unit, const int8_t* x, int64_t 
       for (int i = 0; i < kRows; ++i) {
         sums sum[kVectors];
         OCTAVO_UNROLL
-        for (int v = 0; v < kVectors; ++v) sum[v] = first_sums(0);
+        for (int v = 0; v < kVectors; ++v) sum[v] = no_sums();
         OCTAVO_UNROLL
         for (int s = 0; s < kSpan; ++s) {
-          const u8x64 xi = broadcast_x4(x + i * k + 4 * (kBegin + s));
+          const u8x64 xi = broadcast_x4(x + i * kGroup + 4 * (kBegin + s));
           OCTAVO_UNROLL
           for (int v = 0; v < kVectors; ++v) sum[v] = add_products<kBits>(sum[v], w[s][v], xi);
         }
@@ -178,7 +180,7 @@ OCTAVO_INLINE void multiply_group(const uint8_t* unit, const int8_t* x, int64_t 
       OCTAVO_UNROLL
       for (int i = 0; i < kRows; ++i) {
         OCTAVO_UNROLL
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = first_sums(kBegin == 0 ? starts[i] : 0);
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = no_sums();
       }
       for_each<kSpan>([&](auto step) OCTAVO_INLINE_LAMBDA {
         constexpr int kStep = kBegin + decltype(step)::value;
@@ -187,7 +189,7 @@ OCTAVO_INLINE void multiply_group(const uint8_t* unit, const int8_t* x, int64_t 
         for (int v = 0; v < kVectors; ++v) w[v] = load_codes<kBits, kFirst + kStep>(unit + v * 64);
         OCTAVO_UNROLL
         for (int i = 0; i < kRows; ++i) {
-          const u8x64 xi = broadcast_x4(x + i * k + 4 * kStep);
+          const u8x64 xi = broadcast_x4(x + i * kGroup + 4 * kStep);
           OCTAVO_UNROLL
           for (int v = 0; v < kVectors; ++v) sum[i][v] = add_products<kBits>(sum[i][v], w[v], xi);
         }
@@ -205,7 +207,7 @@ template <int kBits, int kGroup, int kRows, int kVectors>
 void grouped_tile(const GroupedPanel& panel, int64_t column, const QuantizedRows& rows, const Output& to) {
   constexpr int kParts = 32 / kGroup;  // groups of a unit
   const GroupedLayout& layout = panel.layout;
-  const int64_t groups = panel.groups, k = groups * kGroup, groups_of_block = layout.block_columns / kGroup;
+  const int64_t groups = panel.groups, groups_of_block = layout.block_columns / kGroup;
   f32x16 c[kRows][kVectors];
   OCTAVO_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -220,24 +222,22 @@ void grouped_tile(const GroupedPanel& panel, int64_t column, const QuantizedRows
         constexpr int kPart = decltype(part)::value;
         const int64_t g = first + in_block + kPart;
         if (kPart > 0 && g >= groups) return;  // half a unit at the end
-        int32_t starts[kRows];
-        OCTAVO_UNROLL
-        for (int i = 0; i < kRows; ++i) starts[i] = panel.shift * rows.sums[i * groups + g];
+        const int64_t at = g * rows.stride;
         i32x16 totals[kRows][kVectors];
-        multiply_group<kBits, kGroup, kRows, kVectors, kPart * kUnitSteps / kParts>(unit, rows.codes + g * kGroup, k, starts,
-                                                                                   totals);
+        multiply_group<kBits, kGroup, kRows, kVectors, kPart * kUnitSteps / kParts>(unit, rows.codes + at * kGroup, totals);
         OCTAVO_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           const f32x16 scale = load_scales(panel, block, groups_of_block, in_block + kPart, 0, column + v * kLanes);
           OCTAVO_UNROLL
           for (int i = 0; i < kRows; ++i) {
-            const i32x16 sum = panel.shift == 0 ? totals[i][v] : add_start(totals[i][v], starts[i]);
-            c[i][v] = fma(to_f32(sum), scale * set1(rows.scales[i * groups + g]), c[i][v]);
+            f32x16 sum = to_f32(totals[i][v]);
+            if (panel.shift != 0.0f) sum = fma(set1(panel.shift), set1(rows.sums[at + i]), sum);
+            c[i][v] = fma(sum, scale * set1(rows.scales[at + i]), c[i][v]);
           }
           if (panel.has_minimums) {
             const f32x16 minimum = load_scales(panel, block, groups_of_block, in_block + kPart, 1, column + v * kLanes);
             OCTAVO_UNROLL
-            for (int i = 0; i < kRows; ++i) c[i][v] = fma(minimum, set1(rows.scaled_sums[i * groups + g]), c[i][v]);
+            for (int i = 0; i < kRows; ++i) c[i][v] = fma(minimum, set1(rows.scaled_sums[at + i]), c[i][v]);
           }
         }
       });
@@ -261,7 +261,6 @@ OCTAVO_INLINE void grouped_tiles(const GroupedPanel& panel, const QuantizedRows&
 // Rows count of one panel, in tiles as equal as can be.
 template <int kBits, int kGroup>
 void grouped_rows(const GroupedPanel& panel, QuantizedRows rows, Output to, int64_t count) {
-  const int64_t k = panel.groups * kGroup;
   for (int64_t tiles = (count + kMostRows<kBits> - 1) / kMostRows<kBits>; tiles > 0; --tiles) {
     const int64_t taken = (count + tiles - 1) / tiles;
     switch (taken) {
@@ -272,10 +271,10 @@ void grouped_rows(const GroupedPanel& panel, QuantizedRows rows, Output to, int6
       case 5: grouped_tiles<kBits, kGroup, 5>(panel, rows, to); break;
       default: grouped_tiles<kBits, kGroup, 6>(panel, rows, to); break;
     }
-    rows.codes += taken * k;
-    rows.scales += taken * panel.groups;
-    rows.sums += taken * panel.groups;
-    rows.scaled_sums += taken * panel.groups;
+    rows.codes += taken * kGroup;
+    rows.scales += taken;
+    rows.sums += taken;
+    rows.scaled_sums += taken;
     to.out += taken * to.stride;
     if (to.residual) to.residual += taken * to.stride;
     count -= taken;
@@ -323,13 +322,13 @@ void decode_unit(int32_t bits, const uint8_t* unit, uint8_t (&w)[kUnitSteps][kHa
 
 // Adds one group of one row: `steps` steps of weights, four k's each.
 void add_group(const GroupedPanel& panel, const uint8_t* block, int64_t groups_of_block, int64_t in_block,
-               const uint8_t (*w)[kHalves][64], int64_t steps, const int8_t* x, int32_t start, float scale, float scaled_sum,
+               const uint8_t (*w)[kHalves][64], int64_t steps, const int8_t* x, float start, float scale, float scaled_sum,
                f32x16 (&c)[kHalves]) {
   for (int v = 0; v < kHalves; ++v) {
-    i32x16 sum = set1_i32(start);
+    i32x16 sum = set1_i32(0);
     for (int64_t s = 0; s < steps; ++s) sum = dot(sum, load_u8(w[s][v]), broadcast_x4(x + 4 * s));
     const int64_t column = v * kLanes;
-    c[v] = fma(to_f32(sum), load_scales(panel, block, groups_of_block, in_block, 0, column) * set1(scale), c[v]);
+    c[v] = fma(to_f32(sum) + set1(start), load_scales(panel, block, groups_of_block, in_block, 0, column) * set1(scale), c[v]);
     if (panel.has_minimums) {
       c[v] = fma(load_scales(panel, block, groups_of_block, in_block, 1, column), set1(scaled_sum), c[v]);
     }
@@ -339,7 +338,7 @@ void add_group(const GroupedPanel& panel, const uint8_t* block, int64_t groups_o
 void grouped_rows(int32_t bits, int32_t group, const GroupedPanel& panel, const QuantizedRows& rows, const Output& to,
                   int64_t count) {
   const GroupedLayout& layout = panel.layout;
-  const int64_t groups = panel.groups, k = groups * group, groups_of_block = layout.block_columns / group;
+  const int64_t k = panel.groups * group, groups_of_block = layout.block_columns / group;
   for (int64_t row = 0; row < count; row += kTileRows) {
     const int64_t taken = count - row < kTileRows ? count - row : kTileRows;
     f32x16 c[kTileRows][kHalves];
@@ -351,9 +350,9 @@ void grouped_rows(int32_t bits, int32_t group, const GroupedPanel& panel, const 
       decode_unit(bits, block + layout.header + in_block / 32 * layout.unit, w);
       for (int64_t i = 0; i < taken; ++i) {
         for (int64_t j = first; j < first + 32 && j < k; j += group) {
-          const int64_t at = (row + i) * groups + j / group;
+          const int64_t at = j / group * rows.stride + row + i;
           add_group(panel, block, groups_of_block, (in_block + j - first) / group, w + (j - first) / 4, group / 4,
-                    rows.codes + (row + i) * k + j, panel.shift * rows.sums[at], rows.scales[at], rows.scaled_sums[at], c[i]);
+                    rows.codes + at * group, panel.shift * rows.sums[at], rows.scales[at], rows.scaled_sums[at], c[i]);
         }
       }
     }
@@ -375,7 +374,7 @@ Output output_of(const LinearArgs& args, int64_t panel) {
 void grouped_linear(const LinearArgs& args, int64_t panel_begin, int64_t panel_end) {
   const PackedWeight& weight = *args.weight;
   const GroupedLayout layout = layout_of(weight);
-  const int32_t shift = (weight.bits == 8 ? kBytesZero : 0) - weight.zero;
+  const auto shift = static_cast<float>((weight.bits == 8 ? kBytesZero : 0) - weight.zero);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const GroupedPanel panel = {weight.data + p * layout.panel, layout, weight.k / weight.group, shift, weight.has_minimums};
     grouped_rows(weight.bits, weight.group, panel, args.quantized, output_of(args, p), args.rows);

@@ -146,7 +146,7 @@ class Program final : private Job {
   void plan_step();
   int64_t count_items(const Stage& stage, int64_t* chunk) const;
   void run_rows(const Stage& stage, int64_t begin, int64_t end);
-  void run_row_op(const RowOp& op, int64_t begin, int64_t end);
+  void run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t stage_rows);
   void run_linear(const Stage& stage, int64_t begin, int64_t end);
   void run_attention(const Stage& stage, int64_t item, int thread);
   void run_merge(const Stage& stage, int64_t item);
@@ -155,7 +155,7 @@ class Program final : private Job {
   void run_sample(int64_t row, int thread);
   AttentionArgs attention_args(const CacheGeometry& geometry) const;
   float* at(Place place) { return reinterpret_cast<float*>(arena_.data() + place); }
-  QuantizedRows quantized_rows(int id, int64_t row);
+  QuantizedRows quantized_rows(int id, int64_t rows);
 
   const KernelTable& kernels_;
   const Limits limits_;

@@ -21,11 +21,10 @@ namespace {
 constexpr float kSmallest = 0x1p-120f;
 
 template <int kVectors>  // a group is kVectors * 16 columns
-void quantize_groups(const float* x, int64_t groups, int8_t* codes, float* scales, int32_t* sums,
-                     float* scaled_sums) {
+void quantize_groups(const float* x, int64_t groups, int64_t row, const QuantizedRows& out) {
   constexpr int64_t kGroup = kVectors * kLanes;
   int32_t maxima[kLanes];
-  float inverses[kLanes], group_scales[kLanes];
+  float inverses[kLanes], scales[kLanes];
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int64_t count = groups - first < kLanes ? groups - first : kLanes;
     for (int64_t g = 0; g < kLanes; ++g) maxima[g] = 0;
@@ -37,37 +36,33 @@ void quantize_groups(const float* x, int64_t groups, int8_t* codes, float* scale
     }
     const f32x16 maximum = f32_of_bits(load_i32(maxima)), zero = set1(0.0f);
     store(inverses, select_gt(set1(kSmallest), maximum, zero, set1(127.0f) / maximum));
-    store(group_scales, select_gt(set1(kSmallest), maximum, zero, maximum / set1(127.0f)));
-    store_partial(scales + first, load(group_scales), count);
+    store(scales, select_gt(set1(kSmallest), maximum, zero, maximum / set1(127.0f)));
     for (int64_t g = 0; g < count; ++g) {
-      const int64_t offset = (first + g) * kGroup;
+      const int64_t at = (first + g) * out.stride + row;
       const f32x16 inverse = set1(inverses[g]), magic = set1(kRoundMagic);
       i32x16 sum = set1_i32(0);
       for (int v = 0; v < kVectors; ++v) {
-        const i32x16 rounded = bits_of(load(x + offset + v * kLanes) * inverse + magic);
-        store_low_bytes(codes + offset + v * kLanes, rounded);
+        const i32x16 rounded = bits_of(load(x + (first + g) * kGroup + v * kLanes) * inverse + magic);
+        store_low_bytes(out.codes + at * kGroup + v * kLanes, rounded);
         sum = sum + ((rounded + set1_i32(128)) & set1_i32(255));  // code + 128, also of what was NaN
       }
-      sums[first + g] = hsum_i32(sum) - 128 * static_cast<int32_t>(kGroup);
-      scaled_sums[first + g] = group_scales[g] * static_cast<float>(sums[first + g]);
+      const auto whole = static_cast<float>(hsum_i32(sum) - 128 * static_cast<int32_t>(kGroup));
+      out.scales[at] = scales[g];
+      out.sums[at] = whole;
+      out.scaled_sums[at] = scales[g] * whole;
     }
   }
 }
 
 }  // namespace
 
-void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, QuantizedRows out) {
-  const int64_t groups = k / group;
+void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, int64_t first_row,
+                   const QuantizedRows& out) {
   for (int64_t row = 0; row < rows; ++row) {
-    const float* p = x + row * x_stride;
-    int8_t* codes = out.codes + row * k;
-    float* scales = out.scales + row * groups;
-    int32_t* sums = out.sums + row * groups;
-    float* scaled_sums = out.scaled_sums + row * groups;
     if (group == 32) {
-      quantize_groups<2>(p, groups, codes, scales, sums, scaled_sums);
+      quantize_groups<2>(x + row * x_stride, k / group, first_row + row, out);
     } else {
-      quantize_groups<1>(p, groups, codes, scales, sums, scaled_sums);
+      quantize_groups<1>(x + row * x_stride, k / group, first_row + row, out);
     }
   }
 }

@@ -22,16 +22,16 @@ void Program::work(int64_t stage_number, int64_t item, int thread) {
   } else if (stage.kind == Stage::Kind::kLinear) {
     run_linear(stage, begin, begin + chunks_[index]);
   } else {
-    const int64_t rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
-    run_rows(stage, begin, std::min(rows, begin + chunks_[index]));
+    run_rows(stage, begin, begin + chunks_[index]);
   }
 }
 
 void Program::run_rows(const Stage& stage, int64_t begin, int64_t end) {
-  for (const RowOp& op : stage.ops) run_row_op(op, begin, end);
+  const int64_t rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
+  for (const RowOp& op : stage.ops) run_row_op(op, begin, std::min(rows, end), rows);
 }
 
-void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end) {
+void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t stage_rows) {
   const int64_t rows = end - begin, count = rows * op.features, offset = begin * op.features;
   const auto bytes = static_cast<size_t>(count) * sizeof(float);
   const float* a = op.a < 0 ? nullptr : at(op.a) + offset;
@@ -65,7 +65,7 @@ void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end) {
       break;
     case RowOp::Kind::kQuantize: {
       const int32_t group = quantized_[static_cast<size_t>(op.quantized)].group;
-      kernels_.quantize_rows(a, op.features, rows, op.features, group, quantized_rows(op.quantized, begin));
+      kernels_.quantize_rows(a, op.features, rows, op.features, group, begin, quantized_rows(op.quantized, stage_rows));
       break;
     }
     case RowOp::Kind::kRope: {
@@ -83,18 +83,17 @@ void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end) {
   }
 }
 
-QuantizedRows Program::quantized_rows(int id, int64_t row) {
+QuantizedRows Program::quantized_rows(int id, int64_t rows) {
   const QuantizedPlace& place = quantized_[static_cast<size_t>(id)];
-  const int64_t groups = place.features / place.group;
-  return {reinterpret_cast<int8_t*>(arena_.data() + place.codes) + row * place.features, at(place.scales) + row * groups,
-          reinterpret_cast<int32_t*>(at(place.sums)) + row * groups, at(place.scaled_sums) + row * groups};
+  return {reinterpret_cast<int8_t*>(arena_.data() + place.codes), at(place.scales), at(place.sums), at(place.scaled_sums),
+          quantized_stride(rows)};
 }
 
 void Program::run_linear(const Stage& stage, int64_t begin, int64_t end) {
   LinearArgs args{};
   args.rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
   if (stage.quantized >= 0) {
-    args.quantized = quantized_rows(stage.quantized, 0);
+    args.quantized = quantized_rows(stage.quantized, args.rows);
   } else {
     args.x = at(stage.x);
   }

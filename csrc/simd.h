@@ -336,11 +336,10 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 
 // ---- four bytes a lane: the arithmetic of grouped weights -----------------------------------------------------------
 // move_bits<from, to, mask>(a): the bits of every byte that lie at `from`, moved to `to`; broadcast_x4 puts the same four int8 x,
-// within +-127, in every lane. The sum of products over steps of four k's, code_w * code_x, begins with first_sums(start), takes
-// add_products<bits>(sums, w, x) at most kMostSteps<bits> times, and last_sums(sums) gives it as int32. VNNI adds to int32 at once
-// and begins with `start`; AVX2 keeps sums in 16 bits meanwhile, where u8 * s8 pairs may reach 2 * (2**bits - 1) * 127 a step, and
-// adds `start` with add_start, which does nothing elsewhere. Codes of 8 bits count from kBytesZero: 128 on AVX2, which
-// multiplies |code - 128| by x with the sign moved onto it.
+// within +-127, in every lane. The sum of products over steps of four k's, code_w * code_x, begins with no_sums(), takes
+// add_products<bits>(sums, w, x) at most kMostSteps<bits> times, and last_sums(sums) gives it as int32. VNNI adds to int32 at
+// once; AVX2 keeps sums in 16 bits meanwhile, where u8 * s8 pairs may reach 2 * (2**bits - 1) * 127 a step. Codes of 8 bits count
+// from kBytesZero: 128 on AVX2, which multiplies |code - 128| by x with the sign moved onto it.
 
 #if defined(OCTAVO_ISA_AVX512)
 
@@ -437,22 +436,23 @@ OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) {
   const __m256i top = _mm256_set1_epi8(static_cast<char>(-128));
   return {_mm256_xor_si256(a.lo, top), _mm256_xor_si256(a.hi, top)};
 }
-OCTAVO_INLINE sums first_sums(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+OCTAVO_INLINE sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 template <int kBits>
 OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
   if constexpr (kBits == 8) {
     return {_mm256_maddubs_epi16(_mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
             _mm256_maddubs_epi16(_mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
   } else {
-    return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
-            _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))};
+    acc.lo = _mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo));
+    acc.hi = _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi));
+    asm volatile("" : "+x"(acc.lo), "+x"(acc.hi));  // GCC would put the sums off and keep a dozen products in memory
+    return acc;
   }
 }
 OCTAVO_INLINE i32x16 last_sums(sums acc) {
   const __m256i ones = _mm256_set1_epi16(1);
   return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
 }
-OCTAVO_INLINE i32x16 add_start(i32x16 sum, int32_t start) { return sum + set1_i32(start); }
 
 #else
 
@@ -461,13 +461,12 @@ constexpr int kMostSteps = 8;
 constexpr int32_t kBytesZero = 0;
 using sums = i32x16;
 OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
-OCTAVO_INLINE sums first_sums(int32_t start) { return set1_i32(start); }
+OCTAVO_INLINE sums no_sums() { return set1_i32(0); }
 template <int kBits>
 OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
   return dot(acc, w, x);
 }
 OCTAVO_INLINE i32x16 last_sums(sums acc) { return acc; }
-OCTAVO_INLINE i32x16 add_start(i32x16 sum, int32_t) { return sum; }
 #endif
 
 // ---- written once over the above ----------------------------------------------------------------------------------

@@ -20,7 +20,8 @@
 
 #define OCTAVO_DECLARE(isa)                                                                                        \
   namespace octavo::isa {                                                                                          \
-  void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, QuantizedRows out); \
+  void quantize_rows(const float* x, int64_t x_stride, int64_t rows, int64_t k, int32_t group, int64_t first_row,     \
+                     const QuantizedRows& out);                                                                    \
   void linear(const LinearArgs* args, int64_t panel_begin, int64_t panel_end);                                     \
   void embed_row(const PackedWeight* weight, int64_t row, float* out);                                             \
   }
@@ -282,6 +283,21 @@ float product(const Stored& w, const Rounded& x, int64_t row, int64_t column) {
   return c;
 }
 
+// Memory for rows rounded to int8.
+struct QuantizedBuffers {
+  QuantizedBuffers(int64_t rows, int64_t k, int64_t group)
+      : stride(quantized_stride(rows)),
+        codes(static_cast<size_t>(stride * k)),
+        scales(static_cast<size_t>(stride * (k / group))),
+        sums(scales.size()),
+        scaled_sums(scales.size()) {}
+  QuantizedRows rows() { return {codes.data(), scales.data(), sums.data(), scaled_sums.data(), stride}; }
+
+  int64_t stride;
+  std::vector<int8_t> codes;
+  std::vector<float> scales, sums, scaled_sums;
+};
+
 // ---- one weight on one instruction set
 // -------------------------------------------------------------------------------
 
@@ -299,10 +315,7 @@ void check_linear(const Case& test, const std::vector<float>& x, int64_t first_r
   const PackedWeight& w = *test.packed;
   uint64_t& sum = checksums[test.isa->index];
   const int64_t stride = w.n + 5, groups = w.group == 0 ? 0 : w.k / w.group;
-  std::vector<int8_t> codes(static_cast<size_t>(rows * w.k));
-  std::vector<float> scales(static_cast<size_t>(rows * groups));
-  std::vector<int32_t> sums(static_cast<size_t>(rows * groups));
-  std::vector<float> scaled_sums(static_cast<size_t>(rows * groups));
+  QuantizedBuffers x_rounded(rows, w.k, groups == 0 ? w.k : w.group);
   std::vector<float> out(static_cast<size_t>((rows - 1) * stride + w.n), 77.0f);
   std::vector<float> dense(x.begin() + first_row * w.k, x.begin() + (first_row + rows) * w.k);
   if (test.residual) {
@@ -312,12 +325,12 @@ void check_linear(const Case& test, const std::vector<float>& x, int64_t first_r
   LinearArgs args{&w,
                   rows,
                   dense.data(),
-                  {codes.data(), scales.data(), sums.data(), scaled_sums.data()},
+                  x_rounded.rows(),
                   out.data(),
                   stride,
                   test.bias.empty() ? nullptr : test.bias.data(),
                   test.residual ? out.data() : nullptr};
-  if (groups > 0) test.isa->quantize_rows(dense.data(), w.k, rows, w.k, w.group, args.quantized);
+  if (groups > 0) test.isa->quantize_rows(dense.data(), w.k, rows, w.k, w.group, 0, args.quantized);
   const int64_t panels = (w.n + kPanel - 1) / kPanel, cut = panels / 2;
   test.isa->linear(&args, cut, panels);
   test.isa->linear(&args, 0, cut);
@@ -354,18 +367,24 @@ void check_rows(Case test, const std::vector<float>& x, const std::vector<int>& 
 
 void check_quantize(const Isa& isa, const std::string& name, const std::vector<float>& x, const Rounded& expected,
                     int64_t rows, int64_t k, int64_t stride, int group) {
-  std::vector<int8_t> codes(static_cast<size_t>(rows * k));
-  std::vector<float> scales(static_cast<size_t>(rows * (k / group)));
-  std::vector<int32_t> sums(scales.size());
-  std::vector<float> scaled_sums(scales.size());
-  isa.quantize_rows(x.data(), stride, rows, k, group, {codes.data(), scales.data(), sums.data(), scaled_sums.data()});
-  for (size_t i = 0; i < codes.size(); ++i) {
-    if (codes[i] != expected.codes[i]) return fail(name, std::string(isa.name) + " code " + std::to_string(i));
-  }
-  for (size_t i = 0; i < scales.size(); ++i) {
-    if (bits(scales[i]) != bits(expected.scales[i]) || sums[i] != expected.sums[i] ||
-        bits(scaled_sums[i]) != bits(expected.scales[i] * static_cast<float>(expected.sums[i]))) {
-      return fail(name, std::string(isa.name) + " scale or sum " + std::to_string(i));
+  QuantizedBuffers buffers(rows, k, group);
+  const QuantizedRows out = buffers.rows();
+  isa.quantize_rows(x.data(), stride, rows, k, group, 0, out);
+  const int64_t groups = k / group;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = g * out.stride + row;
+      const auto wanted = static_cast<size_t>(row * groups + g);
+      const auto sum = static_cast<float>(expected.sums[wanted]);
+      for (int64_t i = 0; i < group; ++i) {
+        if (out.codes[at * group + i] != expected.codes[static_cast<size_t>(row * k + g * group + i)]) {
+          return fail(name, std::string(isa.name) + " code of row " + std::to_string(row));
+        }
+      }
+      if (bits(out.scales[at]) != bits(expected.scales[wanted]) || out.sums[at] != sum ||
+          bits(out.scaled_sums[at]) != bits(expected.scales[wanted] * sum)) {
+        return fail(name, std::string(isa.name) + " scale or sum of row " + std::to_string(row));
+      }
     }
   }
 }
@@ -558,15 +577,12 @@ void test_strange_numbers() {
   for (float& value : clean) value = std::isfinite(value) ? value : 0.0f;
   const Rounded rounded = round_rows(clean, 5, k, stride, 32);
   for (const Isa& isa : isas()) {
-    std::vector<int8_t> x_codes(static_cast<size_t>(5 * k));
-    std::vector<float> x_scales(10), out(static_cast<size_t>(5 * n));
-    std::vector<int32_t> sums(10);
-    std::vector<float> scaled_sums(10);
-    LinearArgs args{&packed,    5, nullptr, {x_codes.data(), x_scales.data(), sums.data(), scaled_sums.data()},
-                    out.data(), n, nullptr, nullptr};
-    isa.quantize_rows(x.data(), stride, 5, k, 32, args.quantized);
+    QuantizedBuffers buffers(5, k, 32);
+    std::vector<float> out(static_cast<size_t>(5 * n));
+    LinearArgs args{&packed, 5, nullptr, buffers.rows(), out.data(), n, nullptr, nullptr};
+    isa.quantize_rows(x.data(), stride, 5, k, 32, 0, args.quantized);
     isa.linear(&args, 0, 2);
-    if (x_scales[6] != 0.0f) fail("strange numbers", std::string(isa.name) + " scale of a tiny group");
+    if (buffers.scales[3] != 0.0f) fail("strange numbers", std::string(isa.name) + " scale of a tiny group");
     for (int64_t row = 0; row < 5; ++row) {
       for (int64_t column = 0; column < n; ++column) {
         const float expected = row == 1 || row == 2 ? NAN : product(w, rounded, row, column);

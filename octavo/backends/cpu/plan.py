@@ -136,8 +136,9 @@ def quantized_places(
     place: int, rows: int, features: int, group: int
 ) -> tuple[int, int, int, int]:
     """Byte offsets of codes, scales, sums and scaled sums of a value that begins at `place`."""
-    scales = place + align(rows * features)
-    size = align(rows * (features // group) * 4)
+    stride = rows | 1  # csrc/kernels.h, quantized_stride
+    scales = place + align(stride * features)
+    size = align(stride * (features // group) * 4)
     return place, scales, scales + size, scales + 2 * size
 
 
@@ -145,8 +146,8 @@ def value_bytes(key: Key, features: int, rows: int) -> int:
     """Bytes of a value in the arena."""
     if isinstance(key, int) or key[0] != "quantized":
         return align(rows * features * 4)
-    group = key[2]
-    return align(rows * features) + 3 * align(rows * (features // group) * 4)
+    *_, last = quantized_places(0, rows, features, key[2])
+    return last + align((rows | 1) * (features // key[2]) * 4)
 
 
 @dataclass(slots=True)
