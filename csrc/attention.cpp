@@ -190,7 +190,9 @@ void softmax_row(float* weights, Seen seen, float scale, float* maximum, float* 
   for (int64_t c = begin; c < count; ++c) {
     const f32x16 scaled = load(weights + c * kLanes) * set1(scale);
     scores[c] = select_gt(set1(static_cast<float>(seen.end - c * kLanes)), iota, scaled, lowest);
-    scores[c] = select_gt(set1(static_cast<float>(seen.begin - c * kLanes)), iota, lowest, scores[c]);
+    if (c * kLanes < seen.begin) {
+      scores[c] = select_gt(set1(static_cast<float>(seen.begin - c * kLanes)), iota, lowest, scores[c]);
+    }
     top = max(scores[c], top);
   }
   const float now = hmax(top);
