@@ -7,7 +7,8 @@
 //   values   head_dim in lanes, tokens one after another.
 // Segments of kAttentionSegment tokens start afresh and are merged in order, so that threads can share a long context.
 // Register tiles (rows x vectors) only group independent sums: a row's bits depend on its query and its sequence's cache alone.
-// Lanes past a row's position are replaced before use and never multiplied: stale NaN in a block cannot leak.
+// Lanes past a row's position are replaced before use and never multiplied: stale NaN in a block cannot leak. So are those before
+// its window; tiles and segments that lie before it are skipped, and a row begins with the first that it sees.
 // Sources: Kwon et al. 2023 (PagedAttention), section 4; Milakov and Gimelshein 2018 (online softmax).
 #include "kernel_functions.h"
 
@@ -166,16 +167,32 @@ constexpr ScoreTile kScoreTilesOfHalves[kMostRows] = OCTAVO_TILES(score_tile, OC
 constexpr ValueTile kValueTiles[kMostValueRows] = {add_values_tile<1>, add_values_tile<2>, add_values_tile<3>,
                                                    add_values_tile<4>, add_values_tile<5>, add_values_tile<6>};
 
+// The tokens of a tile that a row attends to.
+struct Seen {
+  int64_t begin, end;
+};
+
+// Scores of one row become soft_cap * tanh(score * scale / soft_cap).
+void cap_row(float* weights, Seen seen, float scale, float soft_cap) {
+  const f32x16 cap = set1(soft_cap);
+  for (int64_t i = seen.begin / kLanes * kLanes; i < seen.end; i += kLanes) {
+    store(weights + i, cap * tanh(load(weights + i) * set1(scale) / cap));
+  }
+}
+
 // Scores of one row become exponentials of score - maximum; the row's sums shrink where the maximum grew.
-void softmax_row(float* weights, int64_t valid, float scale, float* maximum, float* lanes, float* sums, int64_t head_dim) {
+void softmax_row(float* weights, Seen seen, float scale, float* maximum, float* lanes, float* sums, int64_t head_dim) {
   static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const f32x16 iota = load(kIota), lowest = set1(-__builtin_inff());
-  const int64_t count = (valid + kLanes - 1) / kLanes;
+  const int64_t begin = seen.begin / kLanes, count = (seen.end + kLanes - 1) / kLanes;
   f32x16 scores[kVectors];
   f32x16 top = set1(*maximum);
-  for (int64_t c = 0; c < count; ++c) {
+  for (int64_t c = begin; c < count; ++c) {
     const f32x16 scaled = load(weights + c * kLanes) * set1(scale);
-    scores[c] = select_gt(set1(static_cast<float>(valid - c * kLanes)), iota, scaled, lowest);
+    scores[c] = select_gt(set1(static_cast<float>(seen.end - c * kLanes)), iota, scaled, lowest);
+    if (c * kLanes < seen.begin) {
+      scores[c] = select_gt(set1(static_cast<float>(seen.begin - c * kLanes)), iota, lowest, scores[c]);
+    }
     top = max(scores[c], top);
   }
   const float now = hmax(top);
@@ -186,7 +203,7 @@ void softmax_row(float* weights, int64_t valid, float scale, float* maximum, flo
     sum = sum * factor;
     *maximum = now;
   }
-  for (int64_t c = 0; c < count; ++c) {
+  for (int64_t c = begin; c < count; ++c) {
     const f32x16 weight = exp(scores[c] - set1(now));
     store(weights + c * kLanes, weight);
     sum = sum + weight;
@@ -216,6 +233,15 @@ Partial partial_at(const Problem& p, float* floats) {
 
 OCTAVO_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.args->positions[p.row_begin + row / p.group]; }
 
+// The first position that a row attends to.
+OCTAVO_INLINE int64_t first_position(const Problem& p, int64_t row) {
+  const int64_t first = position_of(p, row) + 1 - p.args->window;
+  return first < 0 ? 0 : first;
+}
+
+// The first segment that any row sees: positions ascend.
+OCTAVO_INLINE int64_t first_segment(const Problem& p) { return first_position(p, 0) / kAttentionSegment; }
+
 OCTAVO_INLINE int64_t tile_rows(const Problem& p, int64_t first) {
   return p.num_rows - first < kMostRows ? p.num_rows - first : kMostRows;
 }
@@ -240,11 +266,18 @@ void clear(const Problem& p, const Partial& part) {
   for (int64_t i = 0; i < p.num_rows; ++i) part.maximum[i] = -__builtin_inff();
 }
 
-// total follows with a later segment, for the rows that see it.
+// total follows with a later segment, for the rows that see it; it is copied where a row's window begins in it.
 void merge(const Problem& p, const Partial& total, const Partial& part, int64_t segment) {
   const int64_t head_dim = p.args->head_dim;
   for (int64_t row = 0; row < p.num_rows; ++row) {
-    if (position_of(p, row) < segment * kAttentionSegment) continue;
+    const int64_t first = first_position(p, row) / kAttentionSegment;
+    if (position_of(p, row) < segment * kAttentionSegment || segment < first) continue;
+    if (segment == first) {
+      memcpy(total.sums + row * head_dim, part.sums + row * head_dim, static_cast<size_t>(head_dim) * sizeof(float));
+      memcpy(total.lanes + row * kLanes, part.lanes + row * kLanes, kLanes * sizeof(float));
+      total.maximum[row] = part.maximum[row];
+      continue;
+    }
     const float maximum = part.maximum[row] > total.maximum[row] ? part.maximum[row] : total.maximum[row];
     const f32x16 old_factor = exp(set1(total.maximum[row]) - set1(maximum));
     const f32x16 new_factor = exp(set1(part.maximum[row]) - set1(maximum));
@@ -273,12 +306,16 @@ OCTAVO_INLINE void prefetch(const uint16_t* begin, int64_t elements) {
   for (int64_t i = 0; i < elements; i += 32) __builtin_prefetch(begin + i);
 }
 
+OCTAVO_INLINE int64_t in_tile(int64_t token) { return token < 0 ? 0 : token < kTile ? token : kTile; }
+
 // Rows first to first + rows against the tokens start to start + kTile.
 void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t start, int64_t first, int64_t rows) {
   const AttentionArgs& a = *p.args;
   const int64_t block_size = a.block_size, head_dim = a.head_dim;
   const int64_t past = position_of(p, first + rows - 1) + 1 - start;  // of the last row, which sees the most
-  if (past <= 0) return;
+  const int64_t unseen = first_position(p, first) - start;            // of the first row, whose window begins earliest
+  if (past <= 0 || unseen >= kTile) return;
+  const int64_t skipped = unseen > 0 ? unseen / kLanes : 0;           // vectors of tokens before every window
   const int64_t tokens = past < kTile ? past : kTile, count = (tokens + kLanes - 1) / kLanes;
   const uint16_t *low[kVectors], *high[kVectors];
   for (int64_t c = 0; c < count; ++c) {
@@ -289,26 +326,34 @@ void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t
   float* weights = p.scratch.weights + first * kTile;
   float* sums = part.sums + first * head_dim;
   const ScoreTile* tiles = block_size >= kLanes ? kScoreTiles : kScoreTilesOfHalves;
-  tiles[rows - 1](p.scratch.query + first * head_dim, low, high, count, block_size, head_dim, weights);
+  tiles[rows - 1](p.scratch.query + first * head_dim, low + skipped, high + skipped, count - skipped, block_size, head_dim,
+                  weights + skipped * kLanes);
 
-  int64_t valid[kMostRows];
+  Seen seen[kMostRows];
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t seen = position_of(p, first + r) + 1 - start;
-    valid[r] = seen < 0 ? 0 : seen < kTile ? seen : kTile;
-    if (valid[r] == 0) continue;
-    softmax_row(weights + r * kTile, valid[r], a.scale, part.maximum + first + r, part.lanes + (first + r) * kLanes,
-                sums + r * head_dim, head_dim);
+    seen[r] = {in_tile(first_position(p, first + r) - start), in_tile(position_of(p, first + r) + 1 - start)};
+    if (seen[r].begin >= seen[r].end) continue;
+    float* row = weights + r * kTile;
+    if (a.soft_cap > 0.0f) cap_row(row, seen[r], a.scale, a.soft_cap);
+    softmax_row(row, seen[r], a.soft_cap > 0.0f ? 1.0f : a.scale, part.maximum + first + r,
+                part.lanes + (first + r) * kLanes, sums + r * head_dim, head_dim);
   }
-  // Positions ascend, so valid[r] is what all rows from r on may read; the rest of each row is its own.
+  // Positions ascend, so rows r to last may all read the tokens from where the last row's window begins to the first row's
+  // position; what comes before and after is each row's own.
+  const auto add = [&](int64_t r, int64_t count_rows, int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    kValueTiles[count_rows - 1](weights + r * kTile, blocks.v, block_size, begin, end, head_dim, sums + r * head_dim);
+  };
   for (int64_t r = 0; r < rows; r += kMostValueRows) {
     const int64_t together = rows - r < kMostValueRows ? rows - r : kMostValueRows;
-    if (valid[r] > 0) {
-      kValueTiles[together - 1](weights + r * kTile, blocks.v, block_size, 0, valid[r], head_dim, sums + r * head_dim);
+    const Seen shared = {seen[r + together - 1].begin, seen[r].end};
+    if (shared.begin >= shared.end) {
+      for (int64_t i = r; i < r + together; ++i) add(i, 1, seen[i].begin, seen[i].end);
+      continue;
     }
-    for (int64_t i = r + 1; i < r + together; ++i) {
-      if (valid[i] == valid[r]) continue;
-      kValueTiles[0](weights + i * kTile, blocks.v, block_size, valid[r], valid[i], head_dim, sums + i * head_dim);
-    }
+    for (int64_t i = r; i < r + together; ++i) add(i, 1, seen[i].begin, shared.begin);
+    add(r, together, shared.begin, shared.end);
+    for (int64_t i = r; i < r + together; ++i) add(i, 1, shared.end, seen[i].end);
   }
 }
 
@@ -319,7 +364,8 @@ void attend_segment(const Problem& p, const Partial& part, int64_t segment) {
   const int64_t seen = position_of(p, p.num_rows - 1) + 1, begin = segment * kAttentionSegment;
   const int64_t last = seen < begin + kAttentionSegment ? seen : begin + kAttentionSegment;
   const int64_t block_elements = static_cast<int64_t>(a.head_dim) * a.block_size;
-  for (int64_t start = begin; start < last; start += kTile) {
+  const int64_t unseen = first_position(p, 0) / kTile * kTile;
+  for (int64_t start = unseen > begin ? unseen : begin; start < last; start += kTile) {
     const int64_t tokens = last - start < kTile ? last - start : kTile;
     Blocks blocks = {};
     for (int64_t i = 0; i * a.block_size < tokens; ++i) {
@@ -347,8 +393,9 @@ void attention(const AttentionArgs* args, const int32_t* block_table, int64_t ro
   const Partial total = partial_at(p, p.scratch.rest);
   const Partial part = partial_at(p, total.maximum + p.num_rows);
   pack_queries(p);
-  attend_segment(p, total, 0);
-  for (int64_t segment = 1; segment * kAttentionSegment <= args->positions[row_end - 1]; ++segment) {
+  int64_t segment = first_segment(p);
+  attend_segment(p, total, segment);
+  for (++segment; segment * kAttentionSegment <= args->positions[row_end - 1]; ++segment) {
     attend_segment(p, part, segment);
     merge(p, total, part, segment);
   }
@@ -357,8 +404,8 @@ void attention(const AttentionArgs* args, const int32_t* block_table, int64_t ro
 
 void attention_segment(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end,
                        int32_t kv_head, int64_t segment, float* partial, float* scratch) {
-  if (segment * kAttentionSegment > args->positions[row_end - 1]) return;
   const Problem p = make_problem(args, block_table, row_begin, row_end, kv_head, scratch);
+  if (segment * kAttentionSegment > args->positions[row_end - 1] || segment < first_segment(p)) return;
   pack_queries(p);
   attend_segment(p, partial_at(p, partial), segment);
 }
@@ -366,8 +413,9 @@ void attention_segment(const AttentionArgs* args, const int32_t* block_table, in
 void attention_merge(const AttentionArgs* args, int64_t row_begin, int64_t row_end, int32_t kv_head, float* partials,
                      int64_t stride) {
   const Problem p = make_problem(args, nullptr, row_begin, row_end, kv_head, nullptr);
-  const Partial total = partial_at(p, partials);
-  for (int64_t segment = 1; segment * kAttentionSegment <= args->positions[row_end - 1]; ++segment) {
+  int64_t segment = first_segment(p);
+  const Partial total = partial_at(p, partials + segment * stride);
+  for (++segment; segment * kAttentionSegment <= args->positions[row_end - 1]; ++segment) {
     merge(p, total, partial_at(p, partials + segment * stride), segment);
   }
   finish_rows(p, total);

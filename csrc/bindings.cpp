@@ -109,7 +109,7 @@ RowOp::Kind row_kind(const std::string& name) {
   static constexpr std::pair<const char*, Kind> kKinds[] = {
       {"input", Kind::kInput}, {"embed", Kind::kEmbed},       {"select", Kind::kSelect},     {"copy", Kind::kCopy},
       {"norm", Kind::kRmsNorm}, {"add", Kind::kAdd},          {"silu_mul", Kind::kSiluMul},  {"quantize", Kind::kQuantize},
-      {"rope", Kind::kRope},   {"write_kv", Kind::kWriteKv},
+      {"rope", Kind::kRope},   {"write_kv", Kind::kWriteKv},  {"gelu_mul", Kind::kGeluMul},
   };
   for (const auto& [kind_name, kind] : kKinds) {
     if (name == kind_name) return kind;
@@ -128,6 +128,7 @@ RowOp row_op(nb::dict fields) {
     else if (name == "out") op.out = nb::cast<int64_t>(value);
     else if (name == "weight") op.weight = nb::cast<int>(value);
     else if (name == "eps") op.eps = nb::cast<float>(value);
+    else if (name == "scale") op.scale = nb::cast<float>(value);
     else if (name == "quantized") op.quantized = nb::cast<int>(value);
     else if (name == "table") op.table = nb::cast<int>(value);
     else if (name == "num_heads") op.num_heads = nb::cast<int32_t>(value);
@@ -293,10 +294,11 @@ NB_MODULE(_native, m) {
       .def("add_rope_table", &Program::add_rope_table, "inv_freq"_a)
       .def(
           "add_cache_geometry",
-          [](Program& program, int64_t layer, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, float scale) {
-            return program.add_cache_geometry({layer, num_heads, num_kv_heads, head_dim, scale});
+          [](Program& program, int64_t layer, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, float scale,
+             int64_t window, float soft_cap) {
+            return program.add_cache_geometry({layer, num_heads, num_kv_heads, head_dim, scale, window, soft_cap});
           },
-          "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a)
+          "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "soft_cap"_a)
       .def(
           "add_quantized",
           [](Program& program, Place codes, Place scales, Place sums, Place scaled_sums, int64_t features, int32_t group) {

@@ -23,6 +23,8 @@ void attention_segment(const AttentionArgs* args, const int32_t* block_table, in
 void attention_merge(const AttentionArgs* args, int64_t row_begin, int64_t row_end, int32_t kv_head, float* partials,
                      int64_t stride);
 void silu_mul(const float* gate, const float* up, int64_t count, float* out);
+void gelu_mul(const float* gate, const float* up, int64_t count, float* out);
+void scale(float* x, float factor, int64_t count);
 void add(const float* a, const float* b, int64_t count, float* out);
 void sample(const SampleArgs* args);
 

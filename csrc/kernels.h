@@ -82,6 +82,8 @@ struct AttentionArgs {
   const uint16_t* v_cache;
   int32_t num_heads, num_kv_heads, head_dim, block_size;
   float scale;
+  int64_t window;             // a row at position p attends to p - window + 1 to p
+  float soft_cap;             // scores become soft_cap * tanh(score / soft_cap); 0: they stay
   const int32_t* positions;   // [tokens]
 };
 
@@ -117,13 +119,15 @@ struct KernelTable {
   // Rows row_begin..row_end (tokens of one sequence) of one kv head.
   void (*attention)(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
                     float* scratch);
-  // One segment of the same (nothing where it lies past the rows); its result takes attention_partial_floats at `partial`.
+  // One segment of the same (nothing where it lies past the rows or before their windows); its result takes attention_partial_floats at `partial`.
   void (*attention_segment)(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end,
                             int32_t kv_head, int64_t segment, float* partial, float* scratch);
-  // The rows' output from all their segments, `stride` floats apart; the first partial is overwritten.
+  // The rows' output from all their segments, `stride` floats apart; the first that they see is overwritten.
   void (*attention_merge)(const AttentionArgs* args, int64_t row_begin, int64_t row_end, int32_t kv_head, float* partials,
                           int64_t stride);
   void (*silu_mul)(const float* gate, const float* up, int64_t count, float* out);
+  void (*gelu_mul)(const float* gate, const float* up, int64_t count, float* out);
+  void (*scale)(float* x, float factor, int64_t count);
   void (*add)(const float* a, const float* b, int64_t count, float* out);
   void (*sample)(const SampleArgs* args);
 };

@@ -29,15 +29,16 @@ struct QuantizedPlace {
 };
 
 struct RowOp {
-  enum class Kind { kInput, kEmbed, kSelect, kCopy, kRmsNorm, kAdd, kSiluMul, kQuantize, kRope, kWriteKv };
+  enum class Kind { kInput, kEmbed, kSelect, kCopy, kRmsNorm, kAdd, kSiluMul, kGeluMul, kQuantize, kRope, kWriteKv };
   Kind kind;
   int64_t features = 0;      // of the output (kWriteKv: of K)
   Place a = -1, b = -1, out = -1;
   int weight = -1;           // matrix (kEmbed) or vector (kRmsNorm)
   float eps = 0.0f;
+  float scale = 1.0f;        // kEmbed
   int quantized = -1;        // kQuantize
   int table = -1;            // kRope
-  int32_t num_heads = 0;     // kRope
+  int32_t num_heads = 0;     // kRope, kRmsNorm
   int cache = -1;            // kWriteKv: attention geometry, and the layer
   int input = -1;            // kInput: number of the named input
 };
@@ -53,6 +54,8 @@ struct CacheGeometry {       // of one attention operator
   int64_t layer;             // position in the pool
   int32_t num_heads, num_kv_heads, head_dim;
   float scale;
+  int64_t window;            // max_model_len: none
+  float soft_cap;            // 0: none
 };
 
 struct Stage {

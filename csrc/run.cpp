@@ -44,6 +44,7 @@ void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t st
     case RowOp::Kind::kEmbed:
       for (int64_t i = begin; i < end; ++i, out += op.features) {
         kernels_.embed_row(&weights_.matrix(op.weight), batch_->token_ids[i], out);
+        if (op.scale != 1.0f) kernels_.scale(out, op.scale, op.features);
       }
       break;
     case RowOp::Kind::kSelect:
@@ -55,13 +56,16 @@ void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t st
       std::memcpy(out, a, bytes);
       break;
     case RowOp::Kind::kRmsNorm:
-      kernels_.rms_norm(a, weights_.vector(op.weight), op.eps, rows, op.features, out);
+      kernels_.rms_norm(a, weights_.vector(op.weight), op.eps, rows * op.num_heads, op.features / op.num_heads, out);
       break;
     case RowOp::Kind::kAdd:
       kernels_.add(a, b, count, out);
       break;
     case RowOp::Kind::kSiluMul:
       kernels_.silu_mul(a, b, count, out);
+      break;
+    case RowOp::Kind::kGeluMul:
+      kernels_.gelu_mul(a, b, count, out);
       break;
     case RowOp::Kind::kQuantize: {
       const int32_t group = quantized_[static_cast<size_t>(op.quantized)].group;
@@ -122,6 +126,8 @@ AttentionArgs Program::attention_args(const CacheGeometry& geometry) const {
   args.head_dim = geometry.head_dim;
   args.block_size = static_cast<int32_t>(limits_.block_size);
   args.scale = geometry.scale;
+  args.window = geometry.window;
+  args.soft_cap = geometry.soft_cap;
   args.positions = batch_->positions;
   return args;
 }

@@ -29,6 +29,8 @@ const KernelTable OCTAVO_TABLE = {
     .attention_segment = OCTAVO_NS::attention_segment,
     .attention_merge = OCTAVO_NS::attention_merge,
     .silu_mul = OCTAVO_NS::silu_mul,
+    .gelu_mul = OCTAVO_NS::gelu_mul,
+    .scale = OCTAVO_NS::scale,
     .add = OCTAVO_NS::add,
     .sample = OCTAVO_NS::sample,
 };

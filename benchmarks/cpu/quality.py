@@ -31,6 +31,7 @@ from octavo.graph.batch import Batch
 from octavo.graph.tensors import GroupedTensor, StoredTensor
 from octavo.graph.trace import Graph, Node
 from octavo.models import registry
+from octavo.models.gemma3 import Gemma3Config
 from octavo.models.rope import LinearScaling, Llama3Scaling
 from octavo.runner.loading import stored_weights
 from octavo.tokenizer.load import load_tokenizer
@@ -253,21 +254,45 @@ def build_transformers(model: registry.Model, weights: Weights) -> Any:
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     config: Any = model.config
-    family = model.architecture.removesuffix("ForCausalLM")
-    settings = {key: getattr(config, key) for key in SHARED_KEYS}
-    if family == "Llama":
-        settings |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-    made = getattr(transformers, family + "Config")(
-        **settings, head_dim=config.head_dim, rope_parameters=_rope_parameters(config.rope)
-    )
-    oracle = getattr(transformers, model.architecture)(made).eval()
+    gemma = config if isinstance(config, Gemma3Config) else None
+    sizes = config if gemma is None else gemma.sizes
+    settings = {key: getattr(sizes, key) for key in SHARED_KEYS}
+    if sizes.windows:
+        raise SystemExit("models with windows are compared in tests/oracle/test_tiny_models.py")
+    if gemma is None:
+        settings["rope_parameters"] = _rope_parameters(sizes.rope)
+    else:
+        settings |= _gemma_settings(gemma)
+    if model.architecture == "LlamaForCausalLM":
+        settings |= {"attention_bias": sizes.attention_bias, "mlp_bias": sizes.mlp_bias}
+    made_by = getattr(transformers, model.architecture)
+    oracle = made_by(made_by.config_class(**settings, head_dim=sizes.head_dim)).eval()
     state = {name: torch.from_numpy(w.dequantize()) for name, w in weights.items()}
+    if gemma is not None:  # it adds 1 to norms
+        state = {n: w - 1 if "norm" in n else w for n, w in state.items()}
     missing, unexpected = oracle.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {"lm_head.weight"} if sizes.tie_word_embeddings else set()
     if unexpected or not set(missing) <= tied:
         raise SystemExit(f"transformers wants other weights: {missing} {unexpected}")
     oracle.tie_weights()
     return oracle
+
+
+def _gemma_settings(config: Gemma3Config) -> dict[str, object]:
+    return {
+        "query_pre_attn_scalar": round(config.attention_scale**-2),
+        "attn_logit_softcapping": config.soft_cap,
+        "sliding_window": config.window,
+        "layer_types": _layer_types(config.slides),
+        "rope_parameters": {
+            "full_attention": _rope_parameters(config.sizes.rope),
+            "sliding_attention": _rope_parameters(config.local_rope),
+        },
+    }
+
+
+def _layer_types(slides: Iterable[bool]) -> list[str]:
+    return ["sliding_attention" if s else "full_attention" for s in slides]
 
 
 def _rope_parameters(rope: Any) -> dict[str, object]:

@@ -1,6 +1,7 @@
 // Norm, rope, KV write, attention, activation and sampling against naive double loops, and the thread pool, on every
 // instruction set that this machine has. Buffers are exactly as large as the contract says, so that a sanitizer sees every
 // access outside. Exit status 0 when all is well.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -55,11 +56,12 @@ double half_to_double(uint16_t h) {
 void test_elementwise(const KernelTable& table) {
   for (int64_t features : {1, 15, 16, 17, 63, 64, 65, 300}) {
     const auto x = random_floats(static_cast<size_t>(3 * features)), weight = random_floats(static_cast<size_t>(features));
-    std::vector<float> out(x.size()), product(x.size()), sum(x.size());
-    std::vector<double> wanted(x.size()), wanted_product(x.size()), wanted_sum(x.size());
+    std::vector<float> out(x.size()), product(x.size()), gelu(x.size()), sum(x.size());
+    std::vector<double> wanted(x.size()), wanted_product(x.size()), wanted_gelu(x.size()), wanted_sum(x.size());
     table.rms_norm(x.data(), weight.data(), 1e-5f, 3, features, out.data());
     const auto y = random_floats(x.size());
     table.silu_mul(x.data(), y.data(), 3 * features, product.data());
+    table.gelu_mul(x.data(), y.data(), 3 * features, gelu.data());
     table.add(x.data(), y.data(), 3 * features, sum.data());
     for (int64_t row = 0; row < 3; ++row) {
       double squares = 0.0;
@@ -69,11 +71,14 @@ void test_elementwise(const KernelTable& table) {
         const double value = x[at];
         wanted[at] = value / std::sqrt(squares / static_cast<double>(features) + 1e-5) * weight[static_cast<size_t>(i)];
         wanted_product[at] = value / (1.0 + std::exp(-value)) * y[at];
+        const double inner = std::sqrt(2.0 / std::acos(-1.0)) * (value + 0.044715 * value * value * value);
+        wanted_gelu[at] = value / 2.0 * (1.0 + std::tanh(inner)) * y[at];
         wanted_sum[at] = value + y[at];
       }
     }
     expect_close(out, wanted, 2e-6, "rms_norm", table.isa);
     expect_close(product, wanted_product, 2e-6, "silu_mul", table.isa);
+    expect_close(gelu, wanted_gelu, 2e-6, "gelu_mul", table.isa);
     expect_close(sum, wanted_sum, 1e-7, "add", table.isa);
   }
 }
@@ -100,6 +105,8 @@ void test_rope(const KernelTable& table) {
 struct AttentionCase {
   int32_t num_heads, num_kv_heads, head_dim, block_size;
   int64_t seen, rows;  // tokens before the rows, query tokens
+  int64_t window = 1 << 20;
+  float soft_cap = 0.0f;
 };
 
 void test_attention(const KernelTable& table, const AttentionCase& c) {
@@ -128,6 +135,8 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
   args.head_dim = c.head_dim;
   args.block_size = c.block_size;
   args.scale = 0.125f;
+  args.window = c.window;
+  args.soft_cap = c.soft_cap;
   args.positions = positions.data();
   table.write_kv(k.data(), v.data(), kv_features, total, &args, k_cache.data(), v_cache.data(), slots.data());
   const int64_t group = c.num_heads / c.num_kv_heads;
@@ -153,6 +162,7 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
   for (int64_t row = 0; row < c.rows; ++row) {
     for (int64_t head = 0; head < c.num_heads; ++head) {
       const int64_t visible = c.seen + row + 1, kv_head = head / group;
+      const int64_t first = std::max<int64_t>(0, visible - c.window);
       std::vector<double> weights;
       const auto cached = [&](const std::vector<uint16_t>& cache, int64_t token, int64_t d, bool tokens_in_lanes) {
         const int64_t slot = slots[static_cast<size_t>(token)], offset = slot % c.block_size;
@@ -161,19 +171,20 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
         return half_to_double(cache[static_cast<size_t>(base + at)]);
       };
       double top = -INFINITY, sum = 0.0;
-      for (int64_t token = 0; token < visible; ++token) {
+      for (int64_t token = first; token < visible; ++token) {
         double score = 0.0;
         for (int64_t d = 0; d < c.head_dim; ++d) {
           score += q[static_cast<size_t>(row * features + head * c.head_dim + d)] * cached(k_cache, token, d, true);
         }
-        weights.push_back(score * 0.125);
+        score *= 0.125;
+        weights.push_back(c.soft_cap > 0.0f ? c.soft_cap * std::tanh(score / c.soft_cap) : score);
         top = std::fmax(top, weights.back());
       }
       for (double& weight : weights) sum += weight = std::exp(weight - top);
       for (int64_t d = 0; d < c.head_dim; ++d) {
         double value = 0.0;
-        for (int64_t token = 0; token < visible; ++token) {
-          value += weights[static_cast<size_t>(token)] / sum * cached(v_cache, token, d, false);
+        for (int64_t token = first; token < visible; ++token) {
+          value += weights[static_cast<size_t>(token - first)] / sum * cached(v_cache, token, d, false);
         }
         wanted[static_cast<size_t>(row * features + head * c.head_dim + d)] = value;
       }
@@ -276,7 +287,8 @@ int main() {
     test_rope(*table);
     for (const AttentionCase& c : {AttentionCase{1, 1, 16, 8, 0, 1}, {6, 2, 64, 8, 61, 7}, {9, 3, 64, 16, 127, 3},
                                    {4, 4, 96, 32, 5, 70}, {7, 1, 128, 64, 64, 1}, {2, 1, 256, 16, 200, 2},
-                                   {4, 2, 32, 16, 1021, 5}}) {
+                                   {4, 2, 32, 16, 1021, 5}, {6, 2, 64, 8, 61, 70, 33}, {4, 1, 32, 16, 1533, 9, 513},
+                                   {2, 1, 16, 32, 100, 3, 1}, {4, 2, 32, 16, 40, 5, 1 << 20, 2.0f}}) {
       test_attention(*table, c);
     }
     test_sample(*table);

@@ -23,23 +23,31 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Row token_ids[t] of the weight [num_embeddings, features]. No inputs."""
+    """Row token_ids[t] of the weight [num_embeddings, features], times scale. No inputs.
+
+    scale is rounded to float32; Gemma's is sqrt(features).
+    """
 
     weight: str
     num_embeddings: int
     features: int
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """x / sqrt(mean(x²) + eps) * weight, a row at a time.
+    """x / sqrt(mean(x²) + eps) * weight, for each head of a row [num_heads * features] by itself.
 
-    Source: Zhang and Sennrich 2019 (RMSNorm).
+    num_heads is 1 for the norm of a whole row; all heads share the weight [features].
+
+    Source: Zhang and Sennrich 2019 (RMSNorm); over heads: Henry et al. 2020 (Query-Key
+    Normalization).
     """
 
     weight: str
     features: int
     eps: float
+    num_heads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +93,12 @@ class PagedAttention:
     accumulates in float32 in ascending order of absolute position, so a row's result depends on
     nothing but its query and its sequence's cache.
 
+    A row at position p attends to the positions 0 to p; with a window, to the last `window` of
+    them: p - window + 1 to p. What lies before is never read into a result, NaN included.
+    With a soft_cap, scores are soft_cap * tanh(q·k * scale / soft_cap), else q·k * scale.
+
     Source: Kwon et al. 2023 (PagedAttention), section 4; online softmax: Milakov and
-    Gimelshein 2018.
+    Gimelshein 2018; window: Beltagy et al. 2020 (Longformer); soft cap: Gemma 2 report 2024.
     """
 
     layer: int
@@ -94,11 +106,23 @@ class PagedAttention:
     num_kv_heads: int
     head_dim: int
     scale: float
+    window: int | None = None
+    soft_cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SiluMul:
     """silu(gate) * up of two values of equal shape; silu(x) = x / (1 + exp(-x))."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeluMul:
+    """gelu(gate) * up of two values of equal shape, gelu in its tanh approximation.
+
+    gelu(x) = x (1 + tanh u) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x³).
+
+    Source: Hendrycks and Gimpel 2016 (GELU); gated: Shazeer 2020 (GEGLU).
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,4 +135,6 @@ class SelectRows:
     """The rows Batch.logits_rows of a value: [S, features]."""
 
 
-Operator = Input | Embed | RmsNorm | Linear | Rope | PagedAttention | SiluMul | Add | SelectRows
+Operator = (
+    Input | Embed | RmsNorm | Linear | Rope | PagedAttention | SiluMul | GeluMul | Add | SelectRows
+)

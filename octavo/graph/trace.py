@@ -103,15 +103,16 @@ class Ops:
         """A named input of the graph."""
         return self._add(op.Input(name, features), (), features)
 
-    def embed(self, name: str, num_embeddings: int, features: int) -> Value:
-        """The embedding of each token."""
+    def embed(self, name: str, num_embeddings: int, features: int, *, scale: float = 1.0) -> Value:
+        """The embedding of each token, times scale."""
         weight = self._weight(f"{name}.weight", (num_embeddings, features))
-        return self._add(op.Embed(weight, num_embeddings, features), (), features)
+        return self._add(op.Embed(weight, num_embeddings, features, scale), (), features)
 
-    def rms_norm(self, x: Value, name: str, eps: float) -> Value:
-        """Root mean square norm over the features."""
-        weight = self._weight(f"{name}.weight", (x.features,))
-        return self._add(op.RmsNorm(weight, x.features, eps), (x,), x.features)
+    def rms_norm(self, x: Value, name: str, eps: float, *, num_heads: int = 1) -> Value:
+        """Root mean square norm over the features, of each head by itself."""
+        features = x.features // num_heads
+        weight = self._weight(f"{name}.weight", (features,))
+        return self._add(op.RmsNorm(weight, features, eps, num_heads), (x,), x.features)
 
     def linear(
         self, x: Value, name: str, features: int, *, bias: bool = False, shard: op.Shard = "none"
@@ -126,11 +127,26 @@ class Ops:
         return self._add(op.Rope(x.features // head_dim, head_dim, inv_freq), (x,), x.features)
 
     def paged_attention(
-        self, query: Value, key: Value, value: Value, layer: int, *, head_dim: int, scale: float
+        self,
+        query: Value,
+        key: Value,
+        value: Value,
+        layer: int,
+        *,
+        head_dim: int,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> Value:
         """Attention over the KV cache, which holds K and V of this step afterwards."""
         operator = op.PagedAttention(
-            layer, query.features // head_dim, key.features // head_dim, head_dim, scale
+            layer,
+            query.features // head_dim,
+            key.features // head_dim,
+            head_dim,
+            scale,
+            window,
+            soft_cap,
         )
         self._attention.append(operator)
         return self._add(operator, (query, key, value), query.features)
@@ -138,6 +154,10 @@ class Ops:
     def silu_mul(self, gate: Value, up: Value) -> Value:
         """silu(gate) * up."""
         return self._add(op.SiluMul(), (gate, up), gate.features)
+
+    def gelu_mul(self, gate: Value, up: Value) -> Value:
+        """gelu(gate) * up."""
+        return self._add(op.GeluMul(), (gate, up), gate.features)
 
     def add(self, a: Value, b: Value) -> Value:
         """The sum of two values."""

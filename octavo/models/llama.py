@@ -43,7 +43,10 @@ def llama(ops: Ops, config: LlamaConfig) -> Graph:
             for n, size in sizes.items()
         )
         q, k = (ops.rope(heads, head_dim, inv_freq) for heads in (q, k))
-        a = ops.paged_attention(q, k, v, layer.index, head_dim=head_dim, scale=head_dim**-0.5)
+        a = ops.paged_attention(
+            q, k, v, layer.index,
+            head_dim=head_dim, scale=head_dim**-0.5, window=config.window(layer.index),
+        )  # fmt: skip
         a = ops.linear(a, layer / "self_attn.o_proj", hidden, bias=config.output_bias, shard="row")
         x = ops.add(x, a)
         h = ops.rms_norm(x, layer / "post_attention_layernorm", config.rms_norm_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from octavo.errors import ModelFileError
@@ -15,8 +16,9 @@ class LlamaConfig:
     """The numbers of a Llama-like model, named as in its config.json.
 
     Attributes:
-        max_position_embeddings: the longest context that is computed exactly.
-        context_note: why that is less than the file says, for people; None if it is not.
+        max_position_embeddings: the longest context.
+        windows: of each layer the tokens that it attends to, or None for all; empty: all layers
+            attend to all.
         attention_bias: q, k and v have biases.
         output_bias: the product after attention has one.
         mlp_bias: gate, up and down have biases.
@@ -36,7 +38,7 @@ class LlamaConfig:
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    context_note: str | None = None
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse numbers that do not fit together."""
@@ -52,26 +54,44 @@ class LlamaConfig:
             raise ModelFileError(
                 f"rope_freqs.weight has {len(scaling.divisors)} values, not {self.head_dim // 2}"
             )
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise ModelFileError(
+                f"layer_types names {len(self.windows)} layers, but the model has "
+                f"{self.num_hidden_layers}"
+            )
+
+    def window(self, layer: int) -> int | None:
+        """The tokens that a layer attends to, or None for all."""
+        return self.windows[layer] if self.windows else None
 
 
-def cap_to_window(config: LlamaConfig, window: int) -> LlamaConfig:
-    """The same model with its context cut to its attention window, harmless up to there.
-
-    Beyond it every layer would have to forget all but the last `window` tokens, which is not
-    implemented; an answer computed with full attention would be silently wrong.
-    """
+def with_window(config: LlamaConfig, window: int, slides: Iterable[bool]) -> LlamaConfig:
+    """The same model with an attention window in the layers that slide one."""
     if window >= config.max_position_embeddings:
         return config
-    note = (
-        f"context cut from {config.max_position_embeddings} to {window} tokens: the model slides "
-        f"an attention window of {window} tokens, and beyond it attention would differ"
-    )
-    return replace(config, max_position_embeddings=window, context_note=note)
+    return replace(config, windows=tuple(window if s else None for s in slides))
+
+
+def slides_of_types(layer_types: Iterable[str]) -> tuple[bool, ...]:
+    """Which layers slide a window, from config.json's layer_types."""
+    kinds = {"sliding_attention": True, "full_attention": False}
+    for kind in layer_types:
+        if kind not in kinds:
+            raise ModelFileError(
+                f"layer_types names {kind!r}; sliding_attention and full_attention are supported"
+            )
+    return tuple(kinds[kind] for kind in layer_types)
 
 
 def from_folder(source: ConfigSource) -> LlamaConfig:
     """Read a config.json of LlamaForCausalLM (and what its kin share with it)."""
     source.require("hidden_act", source.text("hidden_act", "silu"), "silu")
+    rope = rope_from_folder(source, source.integer("max_position_embeddings"))
+    return sizes_from_folder(source, rope)
+
+
+def sizes_from_folder(source: ConfigSource, rope: RopeConfig, *, tied: bool = False) -> LlamaConfig:
+    """Read what all architectures spell alike; tied: whether embeddings are where nothing says."""
     if source.has("quantization_config"):
         raise ModelFileError(
             "quantization_config: folders with quantized weights are not supported; use a GGUF file"
@@ -79,7 +99,6 @@ def from_folder(source: ConfigSource) -> LlamaConfig:
     hidden_size = source.integer("hidden_size")
     heads = source.integer("num_attention_heads")
     bias = source.boolean("attention_bias", False)
-    context = source.integer("max_position_embeddings")
     return LlamaConfig(
         vocab_size=source.integer("vocab_size"),
         hidden_size=hidden_size,
@@ -89,9 +108,9 @@ def from_folder(source: ConfigSource) -> LlamaConfig:
         num_key_value_heads=source.integer("num_key_value_heads", heads),
         head_dim=source.integer("head_dim", max(1, hidden_size // heads), most=MAX_HEAD_DIM),
         rms_norm_eps=source.number("rms_norm_eps"),
-        max_position_embeddings=context,
-        rope=rope_from_folder(source, context),
-        tie_word_embeddings=source.boolean("tie_word_embeddings", False),
+        max_position_embeddings=source.integer("max_position_embeddings"),
+        rope=rope,
+        tie_word_embeddings=source.boolean("tie_word_embeddings", tied),
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=source.boolean("mlp_bias", False),
@@ -103,11 +122,24 @@ def mistral_from_folder(source: ConfigSource) -> LlamaConfig:
     config = from_folder(source)
     if not source.has("sliding_window"):
         return config
-    return cap_to_window(config, source.integer("sliding_window"))
+    window = source.integer("sliding_window")
+    return with_window(config, window, [True] * config.num_hidden_layers)
 
 
 def from_gguf(source: ConfigSource) -> LlamaConfig:
-    """Read GGUF metadata; biases and tied embeddings show in the names of the tensors."""
+    """Read GGUF metadata of architecture llama; a window is that of every layer (Mistral)."""
+    config = sizes_from_gguf(source)
+    if not source.has("attention.sliding_window"):
+        return config
+    window = source.integer("attention.sliding_window")
+    return with_window(config, window, [True] * config.num_hidden_layers)
+
+
+def sizes_from_gguf(source: ConfigSource) -> LlamaConfig:
+    """Read what all architectures spell alike.
+
+    Biases and tied embeddings show in the names of the tensors.
+    """
     if source.has("expert_count") and source.integer("expert_count", least=0) > 0:
         raise ModelFileError(f"{source.prefix}expert_count: mixtures of experts are not supported")
     hidden_size = source.integer("embedding_length")
@@ -119,7 +151,7 @@ def from_gguf(source: ConfigSource) -> LlamaConfig:
         source.require(key, source.integer(key, head_dim), head_dim)
     tokens = source.values.get("tokenizer.ggml.tokens")
     num_tokens = len(tokens) if isinstance(tokens, list | tuple) and tokens else None
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=source.integer("vocab_size", num_tokens),
         hidden_size=hidden_size,
         intermediate_size=source.integer("feed_forward_length"),
@@ -135,6 +167,3 @@ def from_gguf(source: ConfigSource) -> LlamaConfig:
         output_bias="blk.0.attn_output.bias" in source.names,
         mlp_bias="blk.0.ffn_gate.bias" in source.names,
     )
-    if not source.has("attention.sliding_window"):
-        return config
-    return cap_to_window(config, source.integer("attention.sliding_window"))

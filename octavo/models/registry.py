@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 
 from octavo.errors import ModelFileError
 from octavo.graph.trace import Graph, Ops
-from octavo.models import llama, llama_config, qwen2
+from octavo.models import gemma3, llama, llama_config, qwen2
 from octavo.models.source import ConfigSource
-from octavo.models.transforms import UnpermuteRope
+from octavo.models.transforms import Transform
 
 Kind = Literal["folder", "gguf"]
 
@@ -35,12 +35,7 @@ class ModelConfig(Protocol):
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest context that is computed exactly."""
-        ...
-
-    @property
-    def context_note(self) -> str | None:
-        """Why that is less than the file says, or None."""
+        """The longest context."""
         ...
 
 
@@ -53,14 +48,14 @@ class Architecture:
         parse: makes the configuration; raises ModelFileError that names the key.
         declare: traces the graph.
         names: declared module → module in the file, {} for the layer; None if they are the same.
-        transforms: declared module → what to do to its rows.
+        transforms: declared module → what makes the file's tensor the declared weight.
     """
 
     name: str
     parse: Callable[[ConfigSource], Any]
     declare: Callable[[Ops, Any], Graph]
     names: Mapping[str, str] | None = None
-    transforms: Callable[[Any], Mapping[str, UnpermuteRope]] = lambda config: {}
+    transforms: Callable[[Any], Mapping[str, Transform]] = lambda config: {}
 
 
 FOLDERS: Mapping[str, Architecture] = {
@@ -69,6 +64,12 @@ FOLDERS: Mapping[str, Architecture] = {
         Architecture("LlamaForCausalLM", llama_config.from_folder, llama.llama),
         Architecture("MistralForCausalLM", llama_config.mistral_from_folder, llama.llama),
         Architecture("Qwen2ForCausalLM", qwen2.from_folder, llama.llama),
+        Architecture(
+            "Gemma3ForCausalLM",
+            gemma3.from_folder,
+            gemma3.gemma3,
+            transforms=gemma3.folder_transforms,
+        ),
     )
 }
 
@@ -81,7 +82,14 @@ GGUFS: Mapping[str, Architecture] = {
         llama.gguf_transforms,
     ),
     "qwen2": Architecture("Qwen2ForCausalLM", qwen2.from_gguf, llama.llama, llama.GGUF_NAMES),
+    "gemma3": Architecture("Gemma3ForCausalLM", gemma3.from_gguf, gemma3.gemma3, gemma3.GGUF_NAMES),
 }
+
+REFUSED: Mapping[str, str] = {
+    "Gemma3ForConditionalGeneration": "it sees images too, which is not supported; use a GGUF file "
+    "of the same model, which holds its text part alone",
+}
+"""Architectures whose names look supported, and what to do instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +98,16 @@ class Model:
 
     Attributes:
         architecture: as in config.json, also for a GGUF.
-        config: at least vocab_size, max_position_embeddings and context_note.
+        config: at least vocab_size and max_position_embeddings.
         graph: what to compute; `graph.weights` are the declared names and shapes.
-        transforms: declared weight → what to do to the rows of the file's tensor; others are taken
-            as they are.
+        transforms: declared weight → what makes the file's tensor that weight; others are taken as
+            they are.
     """
 
     architecture: str
     config: ModelConfig
     graph: Graph
-    transforms: Mapping[str, UnpermuteRope]
+    transforms: Mapping[str, Transform]
     _names: Mapping[str, str] | None = field(repr=False)
 
     def file_names(self, weight: str) -> str:
@@ -145,6 +153,8 @@ def build(
     """
     known = FOLDERS if kind == "folder" else GGUFS
     found = known.get(architecture)
+    if architecture in REFUSED:
+        raise ModelFileError(f"{architecture}: {REFUSED[architecture]}")
     if found is None:
         raise ModelFileError(
             f"architecture {architecture!r} is not supported; known are {', '.join(sorted(known))}"

@@ -15,12 +15,15 @@ from octavo.models.source import ConfigSource, is_sensible
 GGUF_DIVISORS = "rope_freqs.weight"
 
 
-def rope_from_folder(source: ConfigSource, max_position_embeddings: int) -> RopeConfig:
+def rope_from_folder(
+    source: ConfigSource, max_position_embeddings: int, default_theta: float = 10000.0
+) -> RopeConfig:
     """Read rope_parameters (transformers 5), or rope_theta and rope_scaling (before)."""
     parameters = source.section("rope_parameters") or source.section("rope_scaling")
     if parameters is None:
-        return RopeConfig(source.number("rope_theta", 10000.0))
-    theta = (parameters if parameters.has("rope_theta") else source).number("rope_theta", 10000.0)
+        return RopeConfig(source.number("rope_theta", default_theta))
+    holder = parameters if parameters.has("rope_theta") else source
+    theta = holder.number("rope_theta", default_theta)
     for holder in (source, parameters):
         holder.require("partial_rotary_factor", holder.number("partial_rotary_factor", 1.0), 1.0)
     return RopeConfig(theta, _scaling(parameters, max_position_embeddings))

@@ -94,6 +94,15 @@ class ConfigSource:
             raise self._fault(key, "a string", value)
         return value
 
+    def items(self, key: str, kind: type[T]) -> tuple[T, ...] | None:
+        """A list of values of one type, or None if the key is not there."""
+        if not self.has(key):
+            return None
+        values = self.values[self.prefix + key]
+        if not isinstance(values, list | tuple) or not all(isinstance(v, kind) for v in values):
+            raise self._fault(key, f"a list of {kind.__name__}", values)
+        return tuple(values)
+
     def require(self, key: str, actual: object, supported: object) -> None:
         """Refuse a value other than the one that is supported."""
         if actual != supported:

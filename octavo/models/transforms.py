@@ -22,3 +22,11 @@ class UnpermuteRope:
         half = self.head_dim // 2
         within = [2 * i for i in range(half)] + [2 * i + 1 for i in range(half)]
         return tuple(head * self.head_dim + row for head in range(self.num_heads) for row in within)
+
+
+@dataclass(frozen=True, slots=True)
+class AddOne:
+    """Add 1 to every value, in float32: folders of Gemma store the weights of norms less 1."""
+
+
+Transform = UnpermuteRope | AddOne

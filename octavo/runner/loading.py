@@ -16,9 +16,10 @@ import numpy as np
 from octavo.backends.program import CompileOptions, Program, Progress
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelFileError
-from octavo.graph.tensors import StoredTensor
+from octavo.graph.tensors import DenseTensor, StoredTensor
 from octavo.graph.trace import Graph
 from octavo.models import registry
+from octavo.models.transforms import AddOne, Transform, UnpermuteRope
 from octavo.weights.loader import ModelFiles, open_model
 
 PhaseProgress = Callable[[str, float], None]
@@ -157,7 +158,7 @@ def _plan_model_len(config: EngineConfig, model_len: int, graph: Graph) -> int:
 
 
 def stored_weights(model: registry.Model, files: ModelFiles) -> Mapping[str, StoredTensor]:
-    """Every weight of the graph, its shape checked and its rows in the declaration's order.
+    """Every weight of the graph, its shape checked and made what the declaration means.
 
     Raises:
         ModelFileError: a tensor is missing, or has another shape than the model declares.
@@ -171,8 +172,15 @@ def stored_weights(model: registry.Model, files: ModelFiles) -> Mapping[str, Sto
                 f"tensor {name} has shape {list(tensor.shape)}, the configuration needs "
                 f"{list(shape)}: the files do not belong together"
             )
-        transform = model.transforms.get(weight)
-        weights[weight] = (
-            tensor if transform is None else tensor.take_rows(np.array(transform.rows(), np.int64))
-        )
+        weights[weight] = _transformed(tensor, model.transforms.get(weight))
     return weights
+
+
+def _transformed(tensor: StoredTensor, transform: Transform | None) -> StoredTensor:
+    match transform:
+        case None:
+            return tensor
+        case UnpermuteRope():
+            return tensor.take_rows(np.array(transform.rows(), np.int64))
+        case AddOne():
+            return DenseTensor(tensor.dequantize() + np.float32(1), "f32")

@@ -17,21 +17,35 @@ from octavo.graph.trace import Graph, Ops
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 96, 6, 2, 32, 160, 300
 
 
-@pytest.fixture(scope="module")
-def model(kit: Any) -> tuple[Graph, dict[str, StoredTensor]]:
-    """A Llama of two layers, grouped weights of 4 and 8 bits, the head tied to the embedding."""
-    ops = Ops()
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def model(kit: Any, request: pytest.FixtureRequest) -> tuple[Graph, dict[str, StoredTensor]]:
+    """Two layers, grouped weights of 4 and 8 bits, the head tied to the embedding.
+
+    A Llama, or what Gemma has beside it: windows, one shorter than a tile and one longer than a
+    segment, a soft cap, norms of heads, GELU.
+    """
+    ops, is_gemma = Ops(), request.param == "gemma"
+    extra: list[dict[str, Any]] = [{}, {}]
+    if is_gemma:
+        extra = [{"window": 40}, {"window": 600, "soft_cap": 5.0}]
     inv_freq = tuple(float(np.float32(1e4 ** (-2 * i / HEAD_DIM))) for i in range(HEAD_DIM // 2))
     x = ops.embed("embed", VOCAB, HIDDEN)
     for layer in ops.layers("layers", 2):
         h = ops.rms_norm(x, layer / "norm", 1e-5)
-        q = ops.rope(ops.linear(h, layer / "q", HEADS * HEAD_DIM, bias=True), HEAD_DIM, inv_freq)
+        q = ops.linear(h, layer / "q", HEADS * HEAD_DIM, bias=True)
+        if is_gemma:
+            q = ops.rms_norm(q, layer / "q_norm", 1e-5, num_heads=HEADS)
+        q = ops.rope(q, HEAD_DIM, inv_freq)
         k = ops.rope(ops.linear(h, layer / "k", KV_HEADS * HEAD_DIM), HEAD_DIM, inv_freq)
         v = ops.linear(h, layer / "v", KV_HEADS * HEAD_DIM)
-        a = ops.paged_attention(q, k, v, layer.index, head_dim=HEAD_DIM, scale=HEAD_DIM**-0.5)
+        more = extra[layer.index]
+        a = ops.paged_attention(
+            q, k, v, layer.index, head_dim=HEAD_DIM, scale=HEAD_DIM**-0.5, **more
+        )
         x = ops.add(x, ops.linear(a, layer / "o", HIDDEN))
         h = ops.rms_norm(x, layer / "norm2", 1e-5)
-        gated = ops.silu_mul(ops.linear(h, layer / "gate", MLP), ops.linear(h, layer / "up", MLP))
+        gate_mul = ops.gelu_mul if is_gemma else ops.silu_mul
+        gated = gate_mul(ops.linear(h, layer / "gate", MLP), ops.linear(h, layer / "up", MLP))
         x = ops.add(x, ops.linear(gated, layer / "down", HIDDEN))
     hidden = ops.rms_norm(x, "norm", 1e-5)
     graph = ops.finish(logits=ops.linear(ops.select_rows(hidden), "embed", VOCAB), hidden=hidden)

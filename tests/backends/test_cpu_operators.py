@@ -17,6 +17,7 @@ TOLERANCES = {  # relative to the greatest value of the output: float32 sums in 
     "rope": 1e-6,
     "attention": 4e-6,
     "silu_mul": 1e-6,
+    "gelu_mul": 1e-6,
     "add": 0.0,
     "select_rows": 0.0,
 }
@@ -39,12 +40,13 @@ def step(kit: Any, **inputs: Float32) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "4 bits", "4 bits + minimums", "8 bits"])
-def test_embed(kit: Any, rng: np.random.Generator, isa: str, kind: str) -> None:
+@pytest.mark.parametrize("scale", [1.0, 96**0.5])
+def test_embed(kit: Any, rng: np.random.Generator, isa: str, kind: str, scale: float) -> None:
     if kind in ("f32", "f16", "bf16"):
         weight = kit.dense(rng.normal(0, 1, (70, 96)), kind)
     else:
         weight = kit.grouped(rng, 70, 96, int(kind[0]), 32, minimums="minimums" in kind)
-    graph = kit.graph(lambda ops: ops.embed("e", 70, 96))
+    graph = kit.graph(lambda ops: ops.embed("e", 70, 96, scale=scale))
     batch = kit.batch([kit.Part([0], 0, 5)], token_ids=[0, 69, 31, 32, 69])
     actual, expected = kit.both(graph, {"e.weight": weight}, kit.options(isa=isa), [batch])
     assert_close("embed", actual, expected)
@@ -56,6 +58,19 @@ def test_rms_norm(kit: Any, rng: np.random.Generator, isa: str, features: int, t
     graph = kit.graph(lambda ops: ops.rms_norm(ops.input("x", features), "n", 1e-5))
     weights = {"n.weight": kit.dense(rng.normal(1, 0.1, features))}
     batch = step(kit, x=random_input(rng, tokens, features))
+    assert_close("rms_norm", *kit.both(graph, weights, kit.options(isa=isa), [batch]))
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(3, 16), (4, 100), (1, 256)])
+def test_rms_norm_of_heads(
+    kit: Any, rng: np.random.Generator, isa: str, num_heads: int, head_dim: int
+) -> None:
+    features = num_heads * head_dim
+    graph = kit.graph(
+        lambda ops: ops.rms_norm(ops.input("x", features), "n", 1e-5, num_heads=num_heads)
+    )
+    weights = {"n.weight": kit.dense(rng.normal(1, 0.1, head_dim))}
+    batch = step(kit, x=random_input(rng, 40, features))
     assert_close("rms_norm", *kit.both(graph, weights, kit.options(isa=isa), [batch]))
 
 
@@ -111,7 +126,7 @@ def test_rope(kit: Any, rng: np.random.Generator, isa: str, head_dim: int) -> No
     assert_close("rope", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
 
 
-def attention_graph(kit: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
+def attention_graph(kit: Any, heads: int, kv_heads: int, head_dim: int, **more: Any) -> Any:
     return kit.graph(
         lambda ops: ops.paged_attention(
             ops.input("q", heads * head_dim),
@@ -120,6 +135,7 @@ def attention_graph(kit: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
             0,
             head_dim=head_dim,
             scale=head_dim**-0.5,
+            **more,
         )
     )
 
@@ -157,6 +173,80 @@ def test_attention(
     assert_close("attention", *kit.both(graph, {}, options, batches, len(blocks)))
 
 
+@pytest.mark.parametrize("block_size", [8, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 256), (1, 1, 16)])
+@pytest.mark.parametrize("window", [1, 2, 17, 64, 100, 190, 1000])
+def test_attention_in_a_window(
+    kit: Any,
+    rng: np.random.Generator,
+    isa: str,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+) -> None:
+    """Windows within a vector, over tiles' edges, and longer than the context."""
+    graph = attention_graph(kit, heads, kv_heads, head_dim, window=window)
+    batches, length = [], 0
+    for count in (3, 190, 1, 6):
+        inputs = {
+            "q": random_input(rng, count, heads * head_dim) * 3,
+            "k": random_input(rng, count, kv_heads * head_dim),
+            "v": random_input(rng, count, kv_heads * head_dim),
+        }
+        part = kit.Part(range(256 // block_size), length, count)
+        batches.append(kit.batch([part], block_size, inputs=inputs))
+        length += count
+    options = kit.options(isa=isa, block_size=block_size, max_num_tokens=256)
+    for last in range(len(batches)):
+        outs = kit.both(graph, {}, options, batches[: last + 1], 256 // block_size)
+        assert_close("attention", *outs)
+
+
+@pytest.mark.parametrize("soft_cap", [0.3, 5.0, 50.0])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_with_a_soft_cap(
+    kit: Any, rng: np.random.Generator, isa: str, soft_cap: float, window: int | None
+) -> None:
+    graph = attention_graph(kit, 4, 2, 32, soft_cap=soft_cap, window=window)
+    inputs = {
+        "q": random_input(rng, 90, 128) * 10,
+        "k": random_input(rng, 90, 64) * 3,
+        "v": random_input(rng, 90, 64),
+    }
+    batch = kit.batch([kit.Part(range(6), 0, 90)], inputs=inputs)
+    options = kit.options(isa=isa, max_num_tokens=128)
+    assert_close("attention", *kit.both(graph, {}, options, [batch], 6))
+
+
+def test_attention_never_reads_what_lies_before_the_window(
+    kit: Any, rng: np.random.Generator, isa: str
+) -> None:
+    """NaN and infinity in K and V before it change no bit, in a tile, before it, in a segment."""
+    graph = attention_graph(kit, 6, 2, 64, window=50)
+    options = kit.options(isa=isa, max_num_tokens=600, max_model_len=700)
+    inputs = {
+        "q": random_input(rng, 8, 384),
+        "k": random_input(rng, 8, 128),
+        "v": random_input(rng, 8, 128),
+    }
+    last = kit.batch([kit.Part(range(44), 600, 8)], inputs=inputs)
+    before = {n: random_input(rng, 600, x.shape[1]) for n, x in inputs.items()}
+    results = []
+    for poison in (None, np.nan, np.inf):
+        program = kit.compile(graph, {}, options)
+        program.allocate_cache(44)
+        if poison is not None:
+            for name in "kv":
+                before[name][:551] = poison
+        program.run(kit.batch([kit.Part(range(44), 0, 600)], inputs=before), None)
+        results.append(program.run(last, None, ("out",)).values["out"])
+    assert np.isfinite(results[0]).all()
+    for result in results[1:]:
+        assert result.tobytes() == results[0].tobytes()
+
+
 @pytest.mark.parametrize("block_size", [8, 16, 64])
 def test_attention_never_reads_what_a_block_held_before(
     kit: Any, rng: np.random.Generator, isa: str, block_size: int
@@ -188,13 +278,16 @@ def test_attention_never_reads_what_a_block_held_before(
 
 
 @pytest.mark.parametrize("features", [1, 16, 100])
-def test_silu_mul(kit: Any, rng: np.random.Generator, isa: str, features: int) -> None:
-    graph = kit.graph(lambda ops: ops.silu_mul(ops.input("a", features), ops.input("b", features)))
-    gate = random_input(rng, 9, features) * 10
+@pytest.mark.parametrize("operator", ["silu_mul", "gelu_mul"])
+def test_gated(kit: Any, rng: np.random.Generator, isa: str, operator: str, features: int) -> None:
+    graph = kit.graph(
+        lambda ops: getattr(ops, operator)(ops.input("a", features), ops.input("b", features))
+    )
+    gate = random_input(rng, 9, features) * (10 if operator == "silu_mul" else 2)
     gate[0, 0], gate[1, 0] = 200, -200  # exp overflows: x, and -0
     batch = step(kit, a=gate, b=random_input(rng, 9, features))
     with np.errstate(over="ignore"):
-        assert_close("silu_mul", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
+        assert_close(operator, *kit.both(graph, {}, kit.options(isa=isa), [batch]))
 
 
 @pytest.mark.parametrize("features", [1, 16, 100])
@@ -213,11 +306,15 @@ def test_select_rows(kit: Any, rng: np.random.Generator, isa: str, rows: list[in
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("window", [None, 700, 280, 5, 1307 - 1024])
 def test_attention_over_a_long_context(
-    kit: Any, rng: np.random.Generator, isa: str, threads: int
+    kit: Any, rng: np.random.Generator, isa: str, threads: int, window: int | None
 ) -> None:
-    """More than two segments (kernels.h), decoded one token a step, which threads share."""
-    graph = attention_graph(kit, 6, 2, 32)
+    """More than two segments (kernels.h), decoded one token a step, which threads share.
+
+    The last step's windows begin in the second segment, in the third, and on its edge.
+    """
+    graph = attention_graph(kit, 6, 2, 32, window=window)
     counts = [500, 500, 300, 1, 1, 5]
     batches, length = [], 0
     for count in counts:

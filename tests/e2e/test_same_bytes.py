@@ -7,7 +7,9 @@ one thread.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,34 @@ def test_preemption(tiny_path: Path, chunk: int, use_prefix_cache: bool) -> None
     )
     assert answers == alone(tiny_path, requests)
     assert stats.num_preemptions > 2
+
+
+@pytest.fixture(scope="module")
+def windowed_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a Mistral whose window is shorter than most of the texts."""
+    folder = tmp_path_factory.mktemp("windowed") / "model"
+    shutil.copytree(tiny_model_path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "sliding_window": 21}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_sliding_windows(
+    windowed_path: Path, tiny_model_path: Path, tiny_requests: list[EngineRequest]
+) -> None:
+    """In any batch, whole or in chunks, and from a warm prefix cache."""
+    expected = alone(windowed_path, tiny_requests)
+    assert expected != alone(tiny_model_path, tiny_requests), "the window shows"
+    for options in (
+        {"max_num_seqs": 5, "use_prefix_cache": False},
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 7, "block_size": 8},
+        {"max_num_batched_tokens": 33, "num_threads": 2},
+        {"times": 2, "num_threads": 2},
+    ):
+        runs, _ = answers_of(windowed_path, tiny_requests, **options)
+        assert all(answers == expected for answers in runs), options
 
 
 def test_streamed_or_not(tiny_model_path: Path) -> None:

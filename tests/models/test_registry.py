@@ -213,18 +213,52 @@ def test_rope_in_a_gguf() -> None:
         gguf(names=names)
 
 
-def test_windows_cut_the_context() -> None:
-    model = folder("MistralForCausalLM", sliding_window=100)
-    assert model.max_position_embeddings == 100
-    assert "from 128 to 100" in (model.config.context_note or "")
-    wide = folder("MistralForCausalLM", sliding_window=128)
-    assert (wide.max_position_embeddings, wide.config.context_note) == (128, None)
-    assert folder("MistralForCausalLM", sliding_window=None).max_position_embeddings == 128
-    assert gguf({"llama.attention.sliding_window": 64}).max_position_embeddings == 64
+def windows(model: registry.Model) -> list[int | None]:
+    found = [n.operator for n in model.graph.nodes if isinstance(n.operator, op.PagedAttention)]
+    return [operator.window for operator in found]
+
+
+def test_windows() -> None:
+    assert windows(folder("MistralForCausalLM", sliding_window=100)) == [100, 100]
+    assert windows(folder("MistralForCausalLM", sliding_window=128)) == [None, None]
+    assert windows(folder("MistralForCausalLM", sliding_window=None)) == [None, None]
+    assert windows(folder(sliding_window=32)) == [None, None], "Llama has no such key"
+    assert windows(gguf({"llama.attention.sliding_window": 64})) == [64, 64]
     names = FOLDER_NAMES | BIASES
-    for use, context in ((False, 128), (True, 32)):
-        qwen = folder("Qwen2ForCausalLM", names, use_sliding_window=use, sliding_window=32)
-        assert qwen.max_position_embeddings == context
+    kinds = ["sliding_attention", "full_attention"]
+    for changes, expected in (
+        ({"use_sliding_window": False}, [None, None]),
+        ({"use_sliding_window": True}, [None, None]),  # the first 28 layers see all
+        ({"use_sliding_window": True, "max_window_layers": 1}, [None, 32]),
+        ({"use_sliding_window": True, "layer_types": kinds}, [32, None]),
+    ):
+        model = folder("Qwen2ForCausalLM", names, sliding_window=32, **changes)
+        assert windows(model) == expected
+        assert model.max_position_embeddings == 128
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "message"),
+    [
+        (["full_attention"], "names 1 layers, but the model has 2"),
+        (["full_attention", "strange"], "names 'strange'"),
+        ([1, 2], "must be a list of str"),
+        ("full_attention", "must be a list of str"),
+    ],
+)
+def test_faults_of_layer_types(layer_types: Any, message: str) -> None:
+    settings = {"use_sliding_window": True, "sliding_window": 32, "layer_types": layer_types}
+    with pytest.raises(ModelFileError, match=message):
+        folder("Qwen2ForCausalLM", FOLDER_NAMES | BIASES, **settings)
+
+
+def test_a_window_of_a_qwen2_gguf_is_refused() -> None:
+    """It does not say of which layers; one as long as the context hides nothing."""
+    config = {k.replace("llama.", "qwen2."): v for k, v in GGUF.items()}
+    names = GGUF_NAMES | {f"blk.{i}.attn_{n}.bias" for i in (0, 1) for n in "qkv"}
+    registry.build("gguf", "qwen2", config | {"qwen2.attention.sliding_window": 128}, names)
+    with pytest.raises(ModelFileError, match="does not say which layers"):
+        registry.build("gguf", "qwen2", config | {"qwen2.attention.sliding_window": 64}, names)
 
 
 def test_unknown_architecture_names_the_known() -> None:

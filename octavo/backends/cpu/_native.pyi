@@ -52,7 +52,14 @@ class Program:
     def add_vector(self, values: NDArray[np.float32]) -> int: ...
     def add_rope_table(self, inv_freq: Sequence[float]) -> int: ...
     def add_cache_geometry(
-        self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+        self,
+        layer: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        soft_cap: float,
     ) -> int: ...
     def add_quantized(
         self, codes: int, scales: int, sums: int, scaled_sums: int, features: int, group: int

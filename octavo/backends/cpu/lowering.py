@@ -37,6 +37,7 @@ _KINDS: Mapping[type, str] = {
     op.Embed: "embed",
     op.RmsNorm: "norm",
     op.SiluMul: "silu_mul",
+    op.GeluMul: "gelu_mul",
     op.Add: "add",
     op.SelectRows: "select",
 }
@@ -215,3 +216,7 @@ def _check_attention(operator: op.PagedAttention) -> None:
         raise KernelError(
             f"{name}: {operator.num_heads} heads do not share {operator.num_kv_heads} kv heads"
         )
+    if operator.window is not None and operator.window < 1:
+        raise KernelError(f"{name}: a window of {operator.window} tokens hides the row itself")
+    if operator.soft_cap is not None and not operator.soft_cap > 0:
+        raise KernelError(f"{name}: soft_cap {operator.soft_cap} is not positive")

@@ -205,10 +205,10 @@ class _Builder:
         match row_op.operator:
             case op.Input(name):
                 fields["input"] = self._input_numbers[name]
-            case op.Embed(weight):
-                fields["weight"] = self._weights[weight]
-            case op.RmsNorm(weight, _, eps):
-                fields |= {"weight": self._weights[weight], "eps": eps}
+            case op.Embed(weight, _, _, scale):
+                fields |= {"weight": self._weights[weight], "scale": scale}
+            case op.RmsNorm(weight, _, eps, num_heads):
+                fields |= {"weight": self._weights[weight], "eps": eps, "num_heads": num_heads}
             case op.Rope(num_heads, _, inv_freq):
                 fields |= {"num_heads": num_heads, "table": self._table(inv_freq)}
             case op.PagedAttention():
@@ -228,5 +228,8 @@ class _Builder:
                 operator.num_kv_heads,
                 operator.head_dim,
                 operator.scale,
+                # A window as long as the context hides nothing.
+                self._options.max_model_len if operator.window is None else operator.window,
+                0.0 if operator.soft_cap is None else operator.soft_cap,
             )
         return self._caches[operator]

@@ -89,16 +89,18 @@ def linear_rounded(x: Float32, weight: RoundedLinear) -> Float32:
     return out
 
 
-def embed(weight: StoredTensor, token_ids: Int32) -> Float32:
-    """The rows of the tokens, in float32."""
-    return weight.take_rows(token_ids.astype(np.int64)).dequantize()
+def embed(weight: StoredTensor, token_ids: Int32, scale: float) -> Float32:
+    """The rows of the tokens, in float32, times scale."""
+    return weight.take_rows(token_ids.astype(np.int64)).dequantize() * np.float32(scale)
 
 
 def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
-    """RMS norm: x / sqrt(mean(x²) + eps) * weight."""
-    mean: Float32 = np.mean(x * x, axis=1, keepdims=True, dtype=np.float32)
+    """RMS norm of every len(weight) features: x / sqrt(mean(x²) + eps) * weight."""
+    heads = x.reshape(len(x), -1, len(weight))
+    mean: Float32 = np.mean(heads * heads, axis=2, keepdims=True, dtype=np.float32)
     root: Float32 = np.sqrt(mean + np.float32(eps), dtype=np.float32)
-    return x / root * weight
+    normed: Float32 = heads / root * weight
+    return normed.reshape(x.shape)
 
 
 def rope(x: Float32, operator: op.Rope, positions: Int32) -> Float32:
@@ -114,7 +116,7 @@ def rope(x: Float32, operator: op.Rope, positions: Int32) -> Float32:
 
 
 def attend(
-    query: Float32, keys: Float32, values: Float32, positions: Int32, scale: float
+    query: Float32, keys: Float32, values: Float32, positions: Int32, operator: op.PagedAttention
 ) -> Float32:
     """Causal attention of some rows of one sequence over its tokens.
 
@@ -123,7 +125,7 @@ def attend(
         keys: [tokens, num_kv_heads, head_dim], token i at position i.
         values: like keys.
         positions: [rows]; a row sees the tokens up to its own position.
-        scale: multiplies q·k.
+        operator: scale, window and soft cap.
 
     Returns:
         [rows, num_heads, head_dim].
@@ -133,8 +135,14 @@ def attend(
     # Heads that share K and V stand together: [kv_heads, rows * heads a kv head, head_dim].
     grouped = query.reshape(rows, kv_heads, -1, head_dim).transpose(1, 0, 2, 3)
     scores = grouped.reshape(kv_heads, -1, head_dim) @ keys.transpose(1, 2, 0)
-    scores = scores.reshape(kv_heads, rows, -1, len(keys)) * np.float32(scale)
-    hidden = np.arange(len(keys)) > positions[:, None]
+    scores = scores.reshape(kv_heads, rows, -1, len(keys)) * np.float32(operator.scale)
+    if operator.soft_cap is not None:
+        soft_cap = np.float32(operator.soft_cap)
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    at = np.arange(len(keys))
+    hidden = at > positions[:, None]
+    if operator.window is not None:
+        hidden |= at <= positions[:, None] - operator.window
     scores = np.where(hidden[None, :, None, :], np.float32(-np.inf), scores)
     weights = np.exp(scores - scores.max(axis=3, keepdims=True))
     weights /= weights.sum(axis=3, keepdims=True, dtype=np.float32)
@@ -148,3 +156,10 @@ def silu_mul(gate: Float32, up: Float32) -> Float32:
     """Gated activation: silu(gate) * up."""
     denominator: Float32 = np.exp(-gate, dtype=np.float32) + np.float32(1)
     return gate / denominator * up
+
+
+def gelu_mul(gate: Float32, up: Float32) -> Float32:
+    """Gated activation: gelu(gate) * up, gelu in its tanh approximation."""
+    inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
+    half: Float32 = np.float32(0.5) * (np.tanh(inner, dtype=np.float32) + np.float32(1))
+    return gate * half * up

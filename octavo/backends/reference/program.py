@@ -25,6 +25,7 @@ _KNOWN = (
     op.Rope,
     op.PagedAttention,
     op.SiluMul,
+    op.GeluMul,
     op.Add,
     op.SelectRows,
 )
@@ -180,11 +181,11 @@ class ReferenceProgram:
         match node.operator:
             case op.Input(name):
                 return batch.inputs[name]
-            case op.Embed(weight, num_embeddings):
+            case op.Embed(weight, num_embeddings, _, scale):
                 ids = batch.token_ids
                 if len(ids) and not 0 <= ids.min() <= ids.max() < num_embeddings:
                     raise KernelError("a token id lies outside the vocabulary")
-                return operators.embed(weights.embeddings[weight], ids)
+                return operators.embed(weights.embeddings[weight], ids, scale)
             case op.RmsNorm(weight, _, eps):
                 return operators.rms_norm(inputs[0], weights.dense[weight], eps)
             case op.Linear(weight, bias=bias):
@@ -199,6 +200,8 @@ class ReferenceProgram:
                 return self._attend(node.operator, inputs, batch)
             case op.SiluMul():
                 return operators.silu_mul(inputs[0], inputs[1])
+            case op.GeluMul():
+                return operators.gelu_mul(inputs[0], inputs[1])
             case op.Add():
                 return inputs[0] + inputs[1]
             case op.SelectRows():
@@ -215,7 +218,7 @@ class ReferenceProgram:
         for b, num_tokens in enumerate(batch.seq_lens):
             t = slice(batch.query_start_loc[b], batch.query_start_loc[b + 1])
             k, v = cache.read(operator.layer, batch.block_tables[group][b], int(num_tokens))
-            out[t] = operators.attend(heads[t], k, v, batch.positions[0, t], operator.scale)
+            out[t] = operators.attend(heads[t], k, v, batch.positions[0, t], operator)
         return out.reshape(query.shape)
 
     def _check(self, batch: Batch, rows: SamplingRows | None) -> None:

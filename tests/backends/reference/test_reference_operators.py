@@ -94,6 +94,40 @@ def test_silu_of_huge_numbers() -> None:
     assert np.array_equal(y, np.array([[0.0, 0.0, 1e10]], np.float32))
 
 
+def test_gelu_of_huge_numbers_and_the_formula() -> None:
+    ops = Ops()
+    x, up = ops.input("x", 5), ops.input("up", 5)
+    graph = ops.finish(y=ops.gelu_mul(x, up))
+    rows = np.array([[-1e5, 0.0, 1e5, -1.7, 0.6]], np.float32)
+    ups = np.full((1, 5), 3.0, np.float32)
+    y = run(graph, {}, one_sequence(1, inputs={"x": rows, "up": ups}))
+    assert np.array_equal(y[0, :3], np.array([0.0, 0.0, 3e5], np.float32))
+    for value, out in zip((-1.7, 0.6), y[0, 3:], strict=True):
+        tanh = math.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3))
+        assert out == pytest.approx(3 * value / 2 * (1 + tanh), rel=1e-5)
+
+
+def test_a_norm_of_heads_is_the_norm_of_each_head() -> None:
+    ops = Ops()
+    graph = ops.finish(y=ops.rms_norm(ops.input("x", 12), "n", 0.01, num_heads=3))
+    weight, x = dense(4), random_rows(2, 12)
+    y = run(graph, {"n.weight": weight}, one_sequence(2, inputs={"x": x}))
+    for t in range(2):
+        for head in range(3):
+            h = slice(4 * head, 4 * head + 4)
+            root = math.sqrt(sum(x[t, h].astype(float) ** 2) / 4 + 0.01)
+            np.testing.assert_allclose(y[t, h], x[t, h] / root * weight.data, rtol=2e-6)
+
+
+def test_an_embedding_may_be_scaled() -> None:
+    ops = Ops()
+    graph = ops.finish(y=ops.embed("e", 5, 4, scale=1.5))
+    table = dense(5, 4)
+    batch = one_sequence(2, token_ids=np.array([3, 0], np.int32))
+    y = run(graph, {"e.weight": table}, batch)
+    assert np.array_equal(y, table.data[[3, 0]] * np.float32(1.5))
+
+
 def test_rope_turns_pairs_of_a_half_apart() -> None:
     ops = Ops()
     inv_freq = tuple(float(np.float32(f)) for f in (1.0, 0.1, 0.01))
@@ -253,6 +287,31 @@ def test_attention_over_scattered_blocks_equals_dense_softmax(
         q, k, v = (inputs[name][b] for name in "qkv")
         expected = naive_attention(q, k, v, heads, kv_heads, 0.3)
         np.testing.assert_allclose(np.concatenate(got[b]), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, None), (3, None), (None, 0.7), (4, 0.7)])
+def test_window_and_soft_cap_written_out(window: int | None, soft_cap: float | None) -> None:
+    """One head, one number at a time, on the same values as the graph's cache holds."""
+    ops = Ops()
+    q, k, v = (ops.input(name, 4) for name in "qkv")
+    y = ops.paged_attention(q, k, v, 0, head_dim=4, scale=0.8, window=window, soft_cap=soft_cap)
+    inputs = {n: random_rows(8, 4, seed) for seed, n in enumerate("qkv")}
+    batch = one_sequence(
+        8,
+        block_tables=(np.zeros((1, 1), np.int32),),
+        slot_mapping=(np.arange(8, dtype=np.int32),),
+        inputs=inputs,
+    )
+    got = run(ops.finish(y=y), {}, batch, cache_dtype="f32")
+    for t in range(8):
+        total, sums = 0.0, np.zeros(4)
+        for at in range(0 if window is None else max(0, t - window + 1), t + 1):
+            score = 0.8 * float(inputs["q"][t].astype(float) @ inputs["k"][at])
+            if soft_cap is not None:
+                score = soft_cap * math.tanh(score / soft_cap)
+            total += math.exp(score)
+            sums += math.exp(score) * inputs["v"][at]
+        np.testing.assert_allclose(got[t], sums / total, atol=1e-5)
 
 
 def test_keys_and_values_are_rounded_to_the_cache_also_within_a_step() -> None:
