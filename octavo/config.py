@@ -16,6 +16,9 @@ import msgspec
 
 from octavo.errors import ConfigError
 
+Quantization = Literal["int8", "int4"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4")
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The whole configuration of one engine.
@@ -34,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         policy: order of the waiting queue.
         num_threads: threads of the CPU backend.
         backend: "cpu" (native) or "reference" (numpy).
+        quantization: quantize the dense matrices of the file while loading; None keeps them.
     """
 
     model: str
@@ -48,6 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     use_prefix_cache: bool = True
     policy: Literal["fcfs", "priority"] = "fcfs"
     backend: Literal["cpu", "reference"] = "cpu"
+    quantization: Quantization | None = None
 
     def validate(self) -> EngineConfig:
         """Return self, or raise one ConfigError that lists every fault."""
@@ -65,6 +70,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         ]
         if self.block_size not in (8, 16, 32, 64):
             faults.append(f"--block-size must be 8, 16, 32 or 64, not {self.block_size}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            faults.append(
+                f"--quantization must be {' or '.join(QUANTIZATIONS)}, not {self.quantization}"
+            )
         if faults:
             raise ConfigError("; ".join(faults))
         return self

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from octavo.cli.progress import ProgressLine
-from octavo.config import EngineConfig, available_cpus, parse_size, plan_memory
+from octavo.config import QUANTIZATIONS, EngineConfig, available_cpus, parse_size, plan_memory
 from octavo.errors import ConfigError
 from octavo.weights import source
 
@@ -29,6 +29,14 @@ def human_number(text: str) -> int:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the model, a positional argument."""
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=MODEL_HELP)
+
+
+def add_quantization(parser: argparse._ActionsContainer) -> None:
+    """Add --quantization."""
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS,
+        help="quantize dense weights while loading (default: as the file has them)",
+    )  # fmt: skip
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +85,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=("cpu", "reference"), default=fields["backend"],
         help="reference is slow: for checks (default: %(default)s)",
     )  # fmt: skip
+    add_quantization(group)
 
 
 def resolve_model(name: str) -> Path:
@@ -101,4 +110,5 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         use_prefix_cache=not options.no_prefix_cache,
         policy=options.policy,
         backend=options.backend,
+        quantization=options.quantization,
     ).validate()

@@ -6,10 +6,10 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from octavo.cli.options import add_model, human_number, resolve_model
+from octavo.cli.options import add_model, add_quantization, human_number, resolve_model
 from octavo.cli.progress import human_bytes
-from octavo.config import available_memory, plan_memory
-from octavo.runner.loading import CACHE_ELEMENT_BYTES, declare
+from octavo.config import Quantization, available_memory, plan_memory
+from octavo.runner.loading import CACHE_ELEMENT_BYTES, declare, weights_nbytes
 from octavo.weights.loader import open_model
 
 
@@ -19,19 +19,22 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--memory", type=human_number, metavar="BYTES", help="KV cache, as of serve"
     )
+    add_quantization(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(arguments)
-    plan = make_plan(options.model, options.memory)
+    plan = make_plan(options.model, options.memory, options.quantization)
     print(json.dumps(plan) if options.json else _table(plan))
     return 0
 
 
-def make_plan(name: str, memory_bytes: int | None) -> dict[str, object]:
+def make_plan(
+    name: str, memory_bytes: int | None, quantization: Quantization | None = None
+) -> dict[str, object]:
     """The figures of the plan; sizes in bytes, lengths in tokens."""
     files = open_model(resolve_model(name))
     try:
         model = declare(files)
-        weights = sum(files.tensor(model.file_names(w)).nbytes for w in model.graph.weights)
+        weights = weights_nbytes(model, files, quantization)
     finally:
         files.close()
     per_token = sum(g.bytes_per_token(CACHE_ELEMENT_BYTES) for g in model.graph.cache_groups)

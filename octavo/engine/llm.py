@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 
 import msgspec
 
-from octavo.config import EngineConfig, available_cpus, parse_size, plan_memory
+from octavo.config import EngineConfig, Quantization, available_cpus, parse_size, plan_memory
 from octavo.engine.core import EngineCore
 from octavo.engine.output import OutputProcessor
 from octavo.engine.validation import complete_request
@@ -43,6 +43,7 @@ class LLMOptions(TypedDict, total=False):
     block_size: int
     prefix_cache: bool
     backend: Literal["cpu", "reference"]
+    quantization: Quantization | None
 
 
 class LLM:

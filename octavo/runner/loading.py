@@ -14,12 +14,14 @@ from typing import Protocol
 import numpy as np
 
 from octavo.backends.program import CompileOptions, Program, Progress
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, Quantization
 from octavo.errors import ConfigError, ModelFileError
 from octavo.graph.tensors import DenseTensor, StoredTensor
 from octavo.graph.trace import Graph
 from octavo.models import registry
 from octavo.models.transforms import AddOne, Transform, UnpermuteRope
+from octavo.runner.quantization import QuantizedWeights, choose_formats
+from octavo.weights.formats.quantize import quantized_nbytes
 from octavo.weights.loader import ModelFiles, open_model
 
 PhaseProgress = Callable[[str, float], None]
@@ -43,7 +45,10 @@ class Compiler(Protocol):
         *,
         progress: Progress | None = None,
     ) -> Program:
-        """Make a Program that runs the graph; `weights` are not needed afterwards."""
+        """Make a Program that runs the graph; `weights` are not needed afterwards.
+
+        Each weight is asked for once: looking it up may be what makes it.
+        """
         ...
 
 
@@ -88,7 +93,7 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
         compile_graph: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
         program = compile_graph(
             model.graph,
-            stored_weights(model, files),
+            _given_weights(model, files, config),
             options,
             progress=lambda fraction: progress("weights", fraction),
         )
@@ -155,6 +160,33 @@ def _plan_model_len(config: EngineConfig, model_len: int, graph: Graph) -> int:
     block_bytes = token_bytes * config.block_size
     num_blocks = pool_blocks(config, model_len, block_bytes)
     return min(model_len, num_blocks * config.block_size)
+
+
+def _given_weights(
+    model: registry.Model, files: ModelFiles, config: EngineConfig
+) -> Mapping[str, StoredTensor]:
+    """The weights as the backend is to have them: the file's, or quantized when it asks for one."""
+    weights = stored_weights(model, files)
+    if config.quantization is None:
+        return weights
+    formats = choose_formats(model.graph, weights, config.quantization)
+    return QuantizedWeights(weights, formats, config.num_threads)
+
+
+def weights_nbytes(
+    model: registry.Model, files: ModelFiles, quantization: Quantization | None
+) -> int:
+    """Bytes of all weights as stored, or as they would be once quantized.
+
+    Raises:
+        ConfigError: there is nothing to quantize.
+    """
+    weights = {name: files.tensor(model.file_names(name)) for name in model.graph.weights}
+    formats = {} if quantization is None else choose_formats(model.graph, weights, quantization)
+    return sum(
+        quantized_nbytes(tensor.shape, formats[name]) if name in formats else tensor.nbytes
+        for name, tensor in weights.items()
+    )
 
 
 def stored_weights(model: registry.Model, files: ModelFiles) -> Mapping[str, StoredTensor]:

@@ -8,7 +8,7 @@ sequence is.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,10 +77,13 @@ class SamplerTable:
         self._ints: Int32 = np.zeros((3, num_rows), np.int32)
         self._seeds: NDArray[np.uint64] = np.zeros(num_rows, np.uint64)
         self._histories: dict[int, RowHistory] = {}
+        self._last: tuple[bytes, SamplingRows] | None = None
+        """The rows of the last step and how they were sampled, while that says all but where."""
 
     def insert(self, sequence: NewSequence) -> None:
         """Take in a sequence with its parameters and all of its tokens."""
         params, row = sequence.params, sequence.row
+        self._last = None
         self._floats[:, row] = (
             params.temperature if params.temperature >= GREEDY_BELOW else 0.0,
             params.top_p,
@@ -105,10 +108,14 @@ class SamplerTable:
     def build(self, sampled: SampledRows) -> SamplingRows:
         """How to sample these rows now."""
         rows = sampled.rows
+        key = rows.tobytes()
+        if self._last is not None and self._last[0] == key:
+            last = self._last[1]
+            return replace(last, noise=replace(last.noise, position=sampled.positions))
         temperature, top_p, min_p, repetition, presence, frequency = self._floats.take(rows, axis=1)
         top_k, index, num_logprobs = self._ints.take(rows, axis=1)
         seen_start, seen_ids, seen_counts = self._seen(rows)
-        return SamplingRows(
+        built = SamplingRows(
             filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
             noise=Noise(seed=self._seeds[rows], index=index, position=sampled.positions),
             penalties=Penalties(
@@ -122,6 +129,9 @@ class SamplerTable:
             bias=self._biases(sampled),
             num_logprobs=num_logprobs,
         )
+        # Penalties and biases change with every token.
+        self._last = None if self._histories else (key, built)
+        return built
 
     def append_tokens(self, sampled: SampledRows, token_ids: Int32) -> None:
         """Count each sampled token in the history of its row."""

@@ -43,6 +43,14 @@ def test_plan(smollm2_path: Path) -> None:
     assert "8,192" in octavo("plan", "smollm2")
 
 
+def test_plan_of_a_quantized_model(tiny_model_path: Path) -> None:
+    sizes = [
+        json.loads(octavo("plan", str(tiny_model_path), "--json", *options))["weights_bytes"]
+        for options in ((), ("--quantization", "int8"), ("--quantization", "int4"))
+    ]
+    assert sizes[0] > 3 * sizes[1] and sizes[1] > sizes[2]
+
+
 def test_list(smollm2_path: Path) -> None:
     assert str(smollm2_path) in octavo("list")
 

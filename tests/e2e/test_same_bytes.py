@@ -267,6 +267,22 @@ def test_sliding_windows(
         assert all(answers == expected for answers in runs), options
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_while_loading(
+    tiny_model_path: Path, tiny_requests: list[EngineRequest], quantization: str
+) -> None:
+    """A model that is quantized while loading answers otherwise than dense, alike in any batch."""
+    options = {"quantization": quantization, "use_prefix_cache": False}
+    [one_by_one], _ = answers_of(tiny_model_path, tiny_requests, at_once=1, **options)
+    (batched, again), _ = answers_of(
+        tiny_model_path, tiny_requests, times=2, max_num_batched_tokens=48, num_threads=2,
+        **options,
+    )  # fmt: skip
+    assert one_by_one == batched == again
+    [dense], _ = answers_of(tiny_model_path, tiny_requests, use_prefix_cache=False)
+    assert dense != batched
+
+
 def test_streamed_or_not(tiny_model_path: Path) -> None:
     """Text, ids and logprobs of a stream from the engine process are those of LLM."""
     params = [

@@ -117,6 +117,7 @@ def test_a_bad_request_computes_nothing_and_leaves_nothing(llm: LLM) -> None:
         ({"memory": "much"}, "much"),
         ({"threads": 0}, "--threads"),
         ({"max_num_seqs": "9"}, "max_num_seqs"),
+        ({"quantization": "int5"}, "quantization"),
         ({"max_model_len": 100_000}, "512"),
     ],
 )

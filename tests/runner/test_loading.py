@@ -12,6 +12,8 @@ import safetensors.numpy
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelFileError
+from octavo.graph.tensors import StoredTensor
+from octavo.runner import quantization
 from octavo.runner.loading import load, pool_blocks
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # K and V, layers, heads, head_dim, fp16
@@ -79,6 +81,39 @@ def test_what_cannot_fit_is_refused_with_the_numbers(
         load(config(tiny_model_path, **values), silent)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_quantization_makes_smaller_weights(
+    tiny_model_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, looked_up = [], []
+    original = quantization.QuantizedWeights.__getitem__
+
+    def spy(weights: quantization.QuantizedWeights, name: str) -> StoredTensor:
+        looked_up.append(name)
+        return original(weights, name)
+
+    monkeypatch.setattr(quantization.QuantizedWeights, "__getitem__", spy)
+    for name in (None, "int8", "int4"):
+        looked_up.clear()
+        seen: list[float] = []
+        loaded = load(
+            config(tiny_model_path, backend=backend, quantization=name),
+            lambda phase, fraction, seen=seen: seen.append(fraction),  # type: ignore[misc]
+        )
+        sizes.append(loaded.program.weights_bytes)
+        loaded.program.close()
+        assert max(seen) == 1
+        assert len(looked_up) == len(set(looked_up)), "quantized twice"
+        assert bool(looked_up) == (name is not None)
+    if backend == "cpu":  # the reference unpacks codes to a byte each
+        assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.15 * sizes[2]
+
+
+def test_an_unknown_quantization_is_a_fault() -> None:
+    with pytest.raises(ConfigError, match=r"--threads.*; --quantization must be int8 or int4"):
+        config(Path(), num_threads=0, quantization="int2").validate()
 
 
 def test_pool_blocks_rounds_a_sequence_up() -> None:

@@ -135,3 +135,40 @@ def test_rows_with_and_without_history_mix() -> None:
     table.remove(1)
     insert(table, 1, SamplingParams(), [1])  # the row is used again, by one without a history
     assert bias_of(table.build(at([1], [1])), 0) == {}
+
+
+def test_the_same_rows_again_are_sampled_as_a_new_table_would() -> None:
+    """What is kept between steps follows positions, newcomers and histories."""
+    greedy, warm = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, seed=3)
+    kept = SamplerTable(4, [EOS])
+
+    def check(inserted: dict[int, SamplingParams], rows: list[int], positions: list[int]) -> None:
+        fresh = SamplerTable(4, [EOS])
+        for row, params in inserted.items():
+            insert(fresh, row, params, [1, 2])
+        ours, theirs = (table.build(at(rows, positions)) for table in (kept, fresh))
+        np.testing.assert_array_equal(ours.noise.position, positions)
+        for group in ("filters", "noise", "penalties", "bias"):
+            parts = getattr(ours, group), getattr(theirs, group)
+            for name in parts[0].__dataclass_fields__:
+                first, second = (getattr(part, name) for part in parts)
+                np.testing.assert_array_equal(first, second, err_msg=f"{group}.{name}")
+        np.testing.assert_array_equal(ours.num_logprobs, theirs.num_logprobs)
+
+    now = {0: greedy, 2: warm}
+    for row, params in now.items():
+        insert(kept, row, params, [1, 2])
+    check(now, [0, 2], [2, 2])
+    check(now, [0, 2], [3, 9])
+    check(now, [2, 0], [4, 10])
+    check(now, [2], [5])
+    kept.remove(2)
+    now = {0: greedy, 2: SamplingParams(temperature=1.5, top_k=4, logprobs=2)}
+    insert(kept, 2, now[2], [1, 2])
+    check(now, [2], [2])
+    check(now, [0, 2], [6, 3])
+    now = {0: SamplingParams(repetition_penalty=1.5, logit_bias={4: 2.0}), 2: now[2]}
+    insert(kept, 0, now[0], [1, 2])
+    check(now, [0, 2], [6, 3])
+    kept.append_tokens(at([0], [6]), np.array([9], np.int32))
+    assert seen_of(kept.build(at([0, 2], [7, 4])), 0) == {1: 0, 2: 0, 9: 1}

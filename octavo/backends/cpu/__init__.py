@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from octavo.backends.cpu import _native
@@ -27,7 +28,7 @@ def compile(
 
     Args:
         graph: what to compute.
-        weights: every weight that the graph declares.
+        weights: every weight that the graph declares; each is looked up once.
         options: sizes, threads and instruction set.
         progress: called with the fraction of the weights packed.
 
@@ -37,11 +38,6 @@ def compile(
             this backend's contract, or the machine lacks the instruction set; the message says
             which.
     """
-    for name, shape in graph.weights.items():
-        if name not in weights or tuple(weights[name].shape) != shape:
-            raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
-    groups = {n: w.group for n, w in weights.items() if isinstance(w, GroupedTensor)}
-    plan = lower(graph, groups, options)
     try:
         native = _native.Program(
             options.isa,
@@ -53,7 +49,8 @@ def compile(
         )
     except ValueError as error:
         raise KernelError(str(error)) from None
-    return CpuProgram(native, graph, plan, options, _pack(native, graph, weights, progress))
+    numbers, groups = _pack(native, graph, weights, progress)
+    return CpuProgram(native, graph, lower(graph, groups, options), options, numbers)
 
 
 def _pack(
@@ -61,15 +58,21 @@ def _pack(
     graph: Graph,
     weights: Mapping[str, StoredTensor],
     progress: Progress | None,
-) -> dict[str, int]:
-    """The native numbers of the graph's weights: matrices packed, vectors copied."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Pack matrices, copy vectors; returns native numbers, and columns a group, by name."""
     numbers: dict[str, int] = {}
-    total = sum(weights[name].nbytes for name in graph.weights)
+    groups: dict[str, int] = {}
+    total = sum(math.prod(shape) for shape in graph.weights.values())
     done = 0
     for name, shape in graph.weights.items():
+        weight = weights.get(name)
+        if weight is None or tuple(weight.shape) != shape:
+            raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
+        if isinstance(weight, GroupedTensor):
+            groups[name] = weight.group
         add = add_matrix if len(shape) == 2 else add_vector
-        numbers[name] = add(native, name, weights[name])
-        done += weights[name].nbytes
+        numbers[name] = add(native, name, weight)
+        done += math.prod(shape)
         if progress is not None:
             progress(done / total)
-    return numbers
+    return numbers, groups

@@ -87,7 +87,7 @@ class CpuProgram:
         """
         native = self._alive()
         count = 0 if rows is None else len(batch.logits_rows)
-        width = 0 if rows is None else max(0, int(rows.num_logprobs.max(initial=0)))
+        width = 0 if rows is None else max([0, *rows.num_logprobs.tolist()])
         tokens, logprobs = np.empty(count, np.int32), np.zeros(count, np.float32)
         top_ids, top_logprobs = (
             np.zeros((count, width), np.int32),

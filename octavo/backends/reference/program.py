@@ -61,10 +61,11 @@ def compile(
             raise ConfigError(
                 f"the reference backend has no operator {type(node.operator).__name__}"
             )
+    stored = {name: weights[name] for name in graph.weights if name in weights}
     for name, shape in graph.weights.items():
-        if name not in weights or tuple(weights[name].shape) != shape:
+        if name not in stored or tuple(stored[name].shape) != shape:
             raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
-    return ReferenceProgram(graph, _prepare(graph, weights, options, progress), options)
+    return ReferenceProgram(graph, _prepare(graph, stored, options, progress), options)
 
 
 def _prepare(
