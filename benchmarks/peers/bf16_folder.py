@@ -1,0 +1,39 @@
+"""A GGUF file's weights, dequantized, as a bf16 safetensors folder for engines that need one.
+
+Runs in a peer's environment: transformers knows each architecture's names and permutations. The
+folder lies in the cache, named by the file's name, size and time, and is made once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def bf16_folder(path: pathlib.Path) -> pathlib.Path:
+    """The folder of a GGUF file: config.json, model.safetensors, the tokenizer if it converts."""
+    status = path.stat()
+    stamp = f"{path.name} {status.st_size} {status.st_mtime_ns}"
+    name = f"{path.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+    home = os.environ.get("OCTAVO_HOME") or pathlib.Path.home() / ".cache" / "octavo"
+    folder = pathlib.Path(home).absolute() / "peers" / "bf16" / name
+    if folder.exists():
+        return folder
+    partial = folder.with_name(f".partial-{name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.bfloat16
+    )
+    model.save_pretrained(partial)
+    try:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
+    except Exception as error:
+        # Token ids go in and come out: who needs the tokenizer will say so.
+        print(f"no tokenizer for {path.name}: {error}")
+    partial.rename(folder)
+    return folder
