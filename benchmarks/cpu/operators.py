@@ -172,7 +172,7 @@ def attention(
     kv_features, q_features = (
         heads * shape.head_dim for heads in (shape.num_kv_heads, shape.num_heads)
     )
-    for name, sequences, context, new in ATTENTION:
+    for name, sequences, context, new in options.attention:
         length = context + new
         kv_bytes = sequences * length * kv_features * 2 * 2
         layers = min(128, -(-options.cache_bytes // kv_bytes))
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()
-    options.cache_bytes = cache_bytes()
+    options.cache_bytes, options.attention = cache_bytes(), ATTENTION
     if options.quick:
         options.isa, options.models, options.seconds = options.isa[:1], options.models[:1], 0.05
         options.formats, options.rows = ("Q4_1", "Q8_0", "F32"), (1, 64)

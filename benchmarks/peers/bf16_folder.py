@@ -10,8 +10,10 @@ import hashlib
 import os
 import pathlib
 import shutil
+import sys
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -29,11 +31,20 @@ def bf16_folder(path: pathlib.Path) -> pathlib.Path:
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.bfloat16
     )
-    model.save_pretrained(partial)
+    partial.mkdir(parents=True)
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    skipped = set(tied) if model.config.tie_word_embeddings else set()
+    weights = {n: t.contiguous() for n, t in model.state_dict().items() if n not in skipped}
+    save_file(weights, partial / "model.safetensors", {"format": "pt"})
+    config = model.config  # save_pretrained refuses: it takes the dequantized model for a GGUF
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(partial)
     try:
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
     except Exception as error:
         # Token ids go in and come out: who needs the tokenizer will say so.
-        print(f"no tokenizer for {path.name}: {error}")
+        print(f"no tokenizer for {path.name}: {error}", file=sys.stderr)
     partial.rename(folder)
     return folder
