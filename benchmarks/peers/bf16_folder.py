@@ -14,7 +14,7 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def bf16_folder(path: pathlib.Path) -> pathlib.Path:
@@ -29,14 +29,19 @@ def bf16_folder(path: pathlib.Path) -> pathlib.Path:
     partial = folder.with_name(f".partial-{name}")
     shutil.rmtree(partial, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     )
     partial.mkdir(parents=True)
     tied = getattr(model, "_tied_weights_keys", None) or ()
     skipped = set(tied) if model.config.tie_word_embeddings else set()
     weights = {n: t.contiguous() for n, t in model.state_dict().items() if n not in skipped}
     save_file(weights, partial / "model.safetensors", {"format": "pt"})
-    config = model.config  # save_pretrained refuses: it takes the dequantized model for a GGUF
+    config = (
+        model.config
+    )  # the model's own save_pretrained takes it for one that is still in GGUF blocks
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(model).__name__]
