@@ -17,8 +17,6 @@ namespace OCTAVO_NS {
 
 namespace {
 
-constexpr float kSmallest = 0x1p-120f;
-
 template <int kVectors>  // a group is kVectors * 16 columns
 void quantize_groups(const float* x, int64_t groups, int8_t* codes, float* scales, int32_t* sums) {
   constexpr int64_t kGroup = kVectors * kLanes;
@@ -34,8 +32,8 @@ void quantize_groups(const float* x, int64_t groups, int8_t* codes, float* scale
       maxima[g] = hmax_i32(greatest);
     }
     const f32x16 maximum = f32_of_bits(load_i32(maxima)), zero = set1(0.0f);
-    store(inverses, select_gt(set1(kSmallest), maximum, zero, set1(127.0f) / maximum));
-    store(group_scales, select_gt(set1(kSmallest), maximum, zero, maximum / set1(127.0f)));
+    store(inverses, select_gt(set1(kSmallestMaximum), maximum, zero, set1(127.0f) / maximum));
+    store(group_scales, select_gt(set1(kSmallestMaximum), maximum, zero, maximum / set1(127.0f)));
     store_partial(scales + first, load(group_scales), count);
     for (int64_t g = 0; g < count; ++g) {
       const int64_t offset = (first + g) * kGroup;

@@ -188,7 +188,7 @@ class SameRounding:
             replace(model, graph=_add_to_inputs(graph, taps)),
             weights,
             round_activations=False,
-            cache_dtype="f32",
+            cache_dtype="fp32",
             **sizes,
         )
 
@@ -388,7 +388,7 @@ def main() -> None:
     model, weights = load(path)
     length = len(token_ids)
     settings: dict[str, tuple[str, dict[str, object]]] = {
-        "fp32": ("reference", {"round_activations": False, "cache_dtype": "f32"}),
+        "fp32": ("reference", {"round_activations": False, "cache_dtype": "fp32"}),
         "fp32, fp16 cache": ("reference", {"round_activations": False}),
     }
     streams: dict[str, Iterable[Float32]] = {

@@ -18,7 +18,7 @@ TEXT = Path(__file__).with_name("text.txt")
 NUM_POSITIONS = 2000
 CHUNK = 200
 
-EXACT = {"round_activations": False, "cache_dtype": "f32"}
+EXACT = {"round_activations": False, "cache_dtype": "fp32"}
 
 PROMPTS = (
     "The capital of France is",
