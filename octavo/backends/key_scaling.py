@@ -85,7 +85,8 @@ def _row_squares(weight: StoredTensor, inputs: Float32) -> Float32:
             weight = _take_blocks(weight, block, step)
             inputs = inputs[chosen] * np.float32(columns / len(chosen))
     rows = weight.dequantize()
-    return np.einsum("nk,nk,k->n", rows, rows, inputs).astype(np.float32)
+    squares: Float32 = np.einsum("nk,nk,k->n", rows, rows, inputs)
+    return squares
 
 
 def _take_blocks(weight: GroupedTensor, block: int, step: int) -> GroupedTensor:
