@@ -386,9 +386,9 @@ def _log_softmax(logits: Float32) -> NDArray[np.float64]:
 
 def read_text(path: Path, most_bytes: int) -> str:
     """The beginning of a UTF-8 text, which may be compressed."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        return file.read(most_bytes).decode("utf-8", "ignore")
+    with path.open("rb") as file:
+        source_file = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        return source_file.read(most_bytes).decode("utf-8", "ignore")
 
 
 Pairs = list[tuple[str, str]]

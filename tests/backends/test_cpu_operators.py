@@ -203,7 +203,12 @@ def test_attention_in_a_window(
 @pytest.mark.parametrize("soft_cap", [0.3, 5.0, 50.0])
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_with_a_soft_cap(
-    kit: Any, rng: np.random.Generator, isa: str, cache_dtype: str, soft_cap: float, window: int | None
+    kit: Any,
+    rng: np.random.Generator,
+    isa: str,
+    cache_dtype: str,
+    soft_cap: float,
+    window: int | None,
 ) -> None:
     graph = attention_graph(kit, 4, 2, 32, soft_cap=soft_cap, window=window)
     inputs = {
@@ -222,9 +227,7 @@ def test_attention_never_reads_what_lies_before_the_window(
 ) -> None:
     """NaN and infinity in K and V before it change no bit, in a tile, before it, in a segment."""
     graph = attention_graph(kit, 6, 2, 64, window=50)
-    options = kit.options(
-        isa=isa, max_num_tokens=600, max_model_len=700, cache_dtype=cache_dtype
-    )
+    options = kit.options(isa=isa, max_num_tokens=600, max_model_len=700, cache_dtype=cache_dtype)
     inputs = {
         "q": random_input(rng, 8, 384),
         "k": random_input(rng, 8, 128),
