@@ -85,8 +85,7 @@ def _row_squares(weight: StoredTensor, inputs: Float32) -> Float32:
             weight = _take_blocks(weight, block, step)
             inputs = inputs[chosen] * np.float32(columns / len(chosen))
     rows = weight.dequantize()
-    squares: Float32 = np.einsum("nk,nk,k->n", rows, rows, inputs)
-    return squares
+    return np.asarray(np.square(rows) @ inputs, np.float32)
 
 
 def _take_blocks(weight: GroupedTensor, block: int, step: int) -> GroupedTensor:
