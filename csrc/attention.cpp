@@ -1,7 +1,7 @@
 // Causal attention over the paged KV cache, one kernel for prefill and decode.
 //
 // One call handles a tile of query tokens of one sequence and the heads of one kv head: up to a few dozen rows that share every
-// load and float16 conversion of K and V. K and V come in tiles of 64 tokens aligned to absolute positions:
+// load and conversion of K and V, which are float16 or int8 (T below: uint16_t, int8_t). K and V come in tiles of 64 tokens aligned to absolute positions:
 //   scores   tokens in lanes (K blocks are [head_dim][block_size]), so a score is one lane's sum over head_dim, in order;
 //   softmax  online: the row's maximum and sum follow tile after tile, and sums stay in lanes until the end;
 //   values   head_dim in lanes, tokens one after another.
@@ -9,6 +9,7 @@
 // Register tiles (rows x vectors) only group independent sums: a row's bits depend on its query and its sequence's cache alone.
 // Lanes past a row's position are replaced before use and never multiplied: stale NaN in a block cannot leak. So are those before
 // its window; tiles and segments that lie before it are skipped, and a row begins with the first that it sees.
+// int8: a token's scale of K multiplies its scores, its scale of V its weights, so that elements are used as they lie.
 // Sources: Kwon et al. 2023 (PagedAttention), section 4; Milakov and Gimelshein 2018 (online softmax).
 #include "kernel_functions.h"
 
@@ -29,10 +30,13 @@ constexpr int kAccumulators = 6;
 constexpr int kMostRows = kAccumulators;
 constexpr int kMostValueRows = 6;
 
-// A tile of K or V: where each of its blocks begins for one kv head.
+// A tile of K and V: where each of its blocks begins for one kv head, and what multiplies a token's scores and weights.
+template <typename T>
 struct Blocks {
-  const uint16_t* k[kMostBlocks];
-  const uint16_t* v[kMostBlocks];
+  const T* k[kMostBlocks];
+  const T* v[kMostBlocks];
+  float score_scales[kTile];   // with AttentionArgs::scale inside
+  float weight_scales[kTile];  // int8 alone
 };
 
 // What rows keep between tiles of K and V: the outcome of a segment.
@@ -49,30 +53,47 @@ struct Scratch {
   float* rest;     // room for two partials
 };
 
-// Sixteen tokens of one row of head_dim; with blocks of 8 they lie in two blocks.
-template <bool kHalves>
-OCTAVO_INLINE f32x16 load_tokens(const uint16_t* low, const uint16_t* high) {
-  if constexpr (!kHalves) return load_f16(low);
+OCTAVO_INLINE f32x16 load_elements(const uint16_t* p) { return load_f16(p); }
+OCTAVO_INLINE f32x16 load_elements(const int8_t* p) { return load_i8(p); }
+
 #if defined(OCTAVO_ISA_AVX512)
+OCTAVO_INLINE f32x16 load_halves(const uint16_t* low, const uint16_t* high) {
   const __m256i both = _mm256_inserti128_si256(
       _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
   return {_mm512_cvtph_ps(both)};
+}
+OCTAVO_INLINE f32x16 load_halves(const int8_t* low, const int8_t* high) {
+  const __m128i both = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)),
+                                          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high)));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(both))};
+}
 #elif defined(OCTAVO_ISA_AVX2)
+OCTAVO_INLINE f32x16 load_halves(const uint16_t* low, const uint16_t* high) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)))};
+}
+OCTAVO_INLINE f32x16 load_halves(const int8_t* low, const int8_t* high) { return {load_i8x8(low), load_i8x8(high)}; }
 #else
-  uint16_t both[16];
-  memcpy(both, low, 16);
-  memcpy(both + 8, high, 16);
-  return load_f16(both);
+template <typename T>
+OCTAVO_INLINE f32x16 load_halves(const T* low, const T* high) {
+  T both[16];
+  memcpy(both, low, 8 * sizeof(T));
+  memcpy(both + 8, high, 8 * sizeof(T));
+  return load_elements(both);
+}
 #endif
+
+// Sixteen tokens of one row of head_dim; with blocks of 8 they lie in two blocks.
+template <bool kHalves, typename T>
+OCTAVO_INLINE f32x16 load_tokens(const T* low, const T* high) {
+  if constexpr (kHalves) return load_halves(low, high);
+  return load_elements(low);
 }
 
 // Scores of kRows rows against kCount vectors of tokens.
-template <int kRows, int kCount, bool kHalves>
-void score(const float* query, const uint16_t* const* low, const uint16_t* const* high, int64_t stride, int64_t head_dim,
-           float* out) {
+template <int kRows, int kCount, bool kHalves, typename T>
+void score(const float* query, const T* const* low, const T* const* high, int64_t stride, int64_t head_dim, float* out) {
   f32x16 sums[kRows][kCount];
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kCount; ++c) sums[r][c] = set1(0.0f);
@@ -90,8 +111,8 @@ void score(const float* query, const uint16_t* const* low, const uint16_t* const
   }
 }
 
-template <int kRows, bool kHalves>
-void score_tile(const float* query, const uint16_t* const* low, const uint16_t* const* high, int64_t count, int64_t stride,
+template <int kRows, typename T, bool kHalves>
+void score_tile(const float* query, const T* const* low, const T* const* high, int64_t count, int64_t stride,
                 int64_t head_dim, float* out) {
   constexpr int kWide = kAccumulators / kRows >= 4 ? 4 : kAccumulators / kRows >= 2 ? 2 : 1;
   int64_t c = 0;
@@ -107,8 +128,8 @@ void score_tile(const float* query, const uint16_t* const* low, const uint16_t* 
 }
 
 // sums[row][features of kCount vectors] += weights[row][token] * v[token], tokens begin to end in order.
-template <int kRows, int kCount>
-void add_values(const float* weights, const uint16_t* const* blocks, int64_t block_size, int64_t begin, int64_t end,
+template <int kRows, int kCount, typename T>
+void add_values(const float* weights, const T* const* blocks, int64_t block_size, int64_t begin, int64_t end,
                 int64_t head_dim, float* out) {
   f32x16 sums[kRows][kCount];
   for (int r = 0; r < kRows; ++r) {
@@ -116,10 +137,10 @@ void add_values(const float* weights, const uint16_t* const* blocks, int64_t blo
   }
   for (int64_t token = begin; token < end;) {
     const int64_t block = token / block_size, stop = (block + 1) * block_size < end ? (block + 1) * block_size : end;
-    const uint16_t* v = blocks[block] + (token - block * block_size) * head_dim;
+    const T* v = blocks[block] + (token - block * block_size) * head_dim;
     for (; token < stop; ++token, v += head_dim) {
       f32x16 value[kCount];
-      for (int c = 0; c < kCount; ++c) value[c] = load_f16(v + c * kLanes);
+      for (int c = 0; c < kCount; ++c) value[c] = load_elements(v + c * kLanes);
       for (int r = 0; r < kRows; ++r) {
         const f32x16 weight = set1(weights[r * kTile + token]);
         for (int c = 0; c < kCount; ++c) sums[r][c] = fma(weight, value[c], sums[r][c]);
@@ -131,11 +152,11 @@ void add_values(const float* weights, const uint16_t* const* blocks, int64_t blo
   }
 }
 
-template <int kRows>
-void add_values_tile(const float* weights, const uint16_t* const* blocks, int64_t block_size, int64_t begin, int64_t end,
+template <int kRows, typename T>
+void add_values_tile(const float* weights, const T* const* blocks, int64_t block_size, int64_t begin, int64_t end,
                      int64_t head_dim, float* out) {
   constexpr int kWide = kAccumulators / kRows >= 4 ? 4 : kAccumulators / kRows >= 2 ? 2 : 1;
-  const uint16_t* shifted[kMostBlocks] = {};
+  const T* shifted[kMostBlocks] = {};
   const int64_t num_blocks = (end + block_size - 1) / block_size;
   int64_t d = 0;
   for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes) {
@@ -148,8 +169,10 @@ void add_values_tile(const float* weights, const uint16_t* const* blocks, int64_
   }
 }
 
-using ScoreTile = void (*)(const float*, const uint16_t* const*, const uint16_t* const*, int64_t, int64_t, int64_t, float*);
-using ValueTile = void (*)(const float*, const uint16_t* const*, int64_t, int64_t, int64_t, int64_t, float*);
+template <typename T>
+using ScoreTile = void (*)(const float*, const T* const*, const T* const*, int64_t, int64_t, int64_t, float*);
+template <typename T>
+using ValueTile = void (*)(const float*, const T* const*, int64_t, int64_t, int64_t, int64_t, float*);
 
 #if defined(OCTAVO_ISA_AVX512)
 #define OCTAVO_TILES(name, ...)                                                                                        \
@@ -162,33 +185,33 @@ using ValueTile = void (*)(const float*, const uint16_t* const*, int64_t, int64_
    name<6 __VA_ARGS__>}
 #endif
 #define OCTAVO_COMMA ,
-constexpr ScoreTile kScoreTiles[kMostRows] = OCTAVO_TILES(score_tile, OCTAVO_COMMA false);
-constexpr ScoreTile kScoreTilesOfHalves[kMostRows] = OCTAVO_TILES(score_tile, OCTAVO_COMMA true);
-constexpr ValueTile kValueTiles[kMostValueRows] = {add_values_tile<1>, add_values_tile<2>, add_values_tile<3>,
-                                                   add_values_tile<4>, add_values_tile<5>, add_values_tile<6>};
+template <typename T, bool kHalves>
+constexpr ScoreTile<T> kScoreTiles[kMostRows] = OCTAVO_TILES(score_tile, OCTAVO_COMMA T OCTAVO_COMMA kHalves);
+template <typename T>
+constexpr ValueTile<T> kValueTiles[kMostValueRows] = {add_values_tile<1>, add_values_tile<2>, add_values_tile<3>,
+                                                      add_values_tile<4>, add_values_tile<5>, add_values_tile<6>};
+
+template <typename T>
+constexpr bool kHasScales = sizeof(T) == 1;
 
 // The tokens of a tile that a row attends to.
 struct Seen {
   int64_t begin, end;
 };
 
-// Scores of one row become soft_cap * tanh(score * scale / soft_cap).
-void cap_row(float* weights, Seen seen, float scale, float soft_cap) {
-  const f32x16 cap = set1(soft_cap);
-  for (int64_t i = seen.begin / kLanes * kLanes; i < seen.end; i += kLanes) {
-    store(weights + i, cap * tanh(load(weights + i) * set1(scale) / cap));
-  }
-}
-
-// Scores of one row become exponentials of score - maximum; the row's sums shrink where the maximum grew.
-void softmax_row(float* weights, Seen seen, float scale, float* maximum, float* lanes, float* sums, int64_t head_dim) {
+// Scores of one row, capped as soft_cap * tanh(score / soft_cap) if there is a soft_cap, become exponentials of score - maximum,
+// for int8 times V's scales; the row's sums shrink where the maximum grew.
+template <typename T>
+void softmax_row(float* weights, Seen seen, const Blocks<T>& blocks, float soft_cap, float* maximum, float* lanes, float* sums,
+                 int64_t head_dim) {
   static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const f32x16 iota = load(kIota), lowest = set1(-__builtin_inff());
   const int64_t begin = seen.begin / kLanes, count = (seen.end + kLanes - 1) / kLanes;
   f32x16 scores[kVectors];
   f32x16 top = set1(*maximum);
   for (int64_t c = begin; c < count; ++c) {
-    const f32x16 scaled = load(weights + c * kLanes) * set1(scale);
+    f32x16 scaled = load(weights + c * kLanes) * load(blocks.score_scales + c * kLanes);
+    if (soft_cap > 0.0f) scaled = set1(soft_cap) * tanh(scaled / set1(soft_cap));
     scores[c] = select_gt(set1(static_cast<float>(seen.end - c * kLanes)), iota, scaled, lowest);
     if (c * kLanes < seen.begin) {
       scores[c] = select_gt(set1(static_cast<float>(seen.begin - c * kLanes)), iota, lowest, scores[c]);
@@ -205,8 +228,12 @@ void softmax_row(float* weights, Seen seen, float scale, float* maximum, float* 
   }
   for (int64_t c = begin; c < count; ++c) {
     const f32x16 weight = exp(scores[c] - set1(now));
-    store(weights + c * kLanes, weight);
     sum = sum + weight;
+    if constexpr (kHasScales<T>) {
+      store(weights + c * kLanes, weight * load(blocks.weight_scales + c * kLanes));
+    } else {
+      store(weights + c * kLanes, weight);
+    }
   }
   store(lanes, sum);
 }
@@ -255,7 +282,10 @@ void pack_queries(const Problem& p) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first + r;
       const float* query = a.query + (p.row_begin + row / p.group) * stride + (p.kv_head * p.group + row % p.group) * a.head_dim;
-      for (int64_t d = 0; d < a.head_dim; ++d) p.scratch.query[first * a.head_dim + d * rows + r] = query[d];
+      const float* factors = a.kind == KvKind::kInt8 ? a.factors + p.kv_head * a.head_dim : nullptr;
+      for (int64_t d = 0; d < a.head_dim; ++d) {
+        p.scratch.query[first * a.head_dim + d * rows + r] = factors == nullptr ? query[d] : query[d] * factors[d];
+      }
     }
   }
 }
@@ -302,14 +332,41 @@ void finish_rows(const Problem& p, const Partial& total) {
 }
 
 // Ask for the lines of a block's part that are about to be read: blocks lie scattered, so hardware cannot foresee the next.
-OCTAVO_INLINE void prefetch(const uint16_t* begin, int64_t elements) {
-  for (int64_t i = 0; i < elements; i += 32) __builtin_prefetch(begin + i);
+OCTAVO_INLINE void prefetch(const uint8_t* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i);
+}
+
+// The part of p's kv head of the block of a sequence.
+OCTAVO_INLINE int64_t part_of(const Problem& p, int64_t block) {
+  return (p.block_table[block] * static_cast<int64_t>(p.args->num_kv_heads) + p.kv_head) * p.args->head_bytes;
+}
+
+// The tile of K and V of `tokens` tokens from `start`.
+template <typename T>
+void find_blocks(const Problem& p, int64_t start, int64_t tokens, Blocks<T>* blocks) {
+  const AttentionArgs& a = *p.args;
+  const int64_t block_size = a.block_size, elements = a.head_dim * block_size;
+  for (int64_t i = 0; i * block_size < tokens; ++i) {
+    const int64_t at = part_of(p, start / block_size + i);
+    prefetch(a.v_cache + at, a.head_bytes);
+    blocks->k[i] = reinterpret_cast<const T*>(a.k_cache + at);
+    blocks->v[i] = reinterpret_cast<const T*>(a.v_cache + at);
+    if constexpr (kHasScales<T>) {
+      memcpy(blocks->score_scales + i * block_size, blocks->k[i] + elements, static_cast<size_t>(block_size) * sizeof(float));
+      memcpy(blocks->weight_scales + i * block_size, blocks->v[i] + elements, static_cast<size_t>(block_size) * sizeof(float));
+    }
+  }
+  for (int64_t c = 0; c < kTile; c += kLanes) {
+    const f32x16 own = kHasScales<T> ? load(blocks->score_scales + c) : set1(1.0f);
+    store(blocks->score_scales + c, own * set1(a.scale));
+  }
 }
 
 OCTAVO_INLINE int64_t in_tile(int64_t token) { return token < 0 ? 0 : token < kTile ? token : kTile; }
 
 // Rows first to first + rows against the tokens start to start + kTile.
-void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t start, int64_t first, int64_t rows) {
+template <typename T>
+void attend(const Problem& p, const Partial& part, const Blocks<T>& blocks, int64_t start, int64_t first, int64_t rows) {
   const AttentionArgs& a = *p.args;
   const int64_t block_size = a.block_size, head_dim = a.head_dim;
   const int64_t past = position_of(p, first + rows - 1) + 1 - start;  // of the last row, which sees the most
@@ -317,7 +374,7 @@ void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t
   if (past <= 0 || unseen >= kTile) return;
   const int64_t skipped = unseen > 0 ? unseen / kLanes : 0;           // vectors of tokens before every window
   const int64_t tokens = past < kTile ? past : kTile, count = (tokens + kLanes - 1) / kLanes;
-  const uint16_t *low[kVectors], *high[kVectors];
+  const T *low[kVectors], *high[kVectors];
   for (int64_t c = 0; c < count; ++c) {
     const int64_t token = c * kLanes;
     low[c] = blocks.k[token / block_size] + token % block_size;
@@ -325,7 +382,7 @@ void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t
   }
   float* weights = p.scratch.weights + first * kTile;
   float* sums = part.sums + first * head_dim;
-  const ScoreTile* tiles = block_size >= kLanes ? kScoreTiles : kScoreTilesOfHalves;
+  const ScoreTile<T>* tiles = block_size >= kLanes ? kScoreTiles<T, false> : kScoreTiles<T, true>;
   tiles[rows - 1](p.scratch.query + first * head_dim, low + skipped, high + skipped, count - skipped, block_size, head_dim,
                   weights + skipped * kLanes);
 
@@ -333,16 +390,14 @@ void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t
   for (int64_t r = 0; r < rows; ++r) {
     seen[r] = {in_tile(first_position(p, first + r) - start), in_tile(position_of(p, first + r) + 1 - start)};
     if (seen[r].begin >= seen[r].end) continue;
-    float* row = weights + r * kTile;
-    if (a.soft_cap > 0.0f) cap_row(row, seen[r], a.scale, a.soft_cap);
-    softmax_row(row, seen[r], a.soft_cap > 0.0f ? 1.0f : a.scale, part.maximum + first + r,
-                part.lanes + (first + r) * kLanes, sums + r * head_dim, head_dim);
+    softmax_row(weights + r * kTile, seen[r], blocks, a.soft_cap, part.maximum + first + r, part.lanes + (first + r) * kLanes,
+                sums + r * head_dim, head_dim);
   }
   // Positions ascend, so rows r to last may all read the tokens from where the last row's window begins to the first row's
   // position; what comes before and after is each row's own.
   const auto add = [&](int64_t r, int64_t count_rows, int64_t begin, int64_t end) {
     if (begin >= end) return;
-    kValueTiles[count_rows - 1](weights + r * kTile, blocks.v, block_size, begin, end, head_dim, sums + r * head_dim);
+    kValueTiles<T>[count_rows - 1](weights + r * kTile, blocks.v, block_size, begin, end, head_dim, sums + r * head_dim);
   };
   for (int64_t r = 0; r < rows; r += kMostValueRows) {
     const int64_t together = rows - r < kMostValueRows ? rows - r : kMostValueRows;
@@ -357,31 +412,31 @@ void attend(const Problem& p, const Partial& part, const Blocks& blocks, int64_t
   }
 }
 
-// One segment into `part`.
-void attend_segment(const Problem& p, const Partial& part, int64_t segment) {
+template <typename T>
+void attend_tiles(const Problem& p, const Partial& part, int64_t begin, int64_t last) {
   const AttentionArgs& a = *p.args;
-  clear(p, part);
-  const int64_t seen = position_of(p, p.num_rows - 1) + 1, begin = segment * kAttentionSegment;
-  const int64_t last = seen < begin + kAttentionSegment ? seen : begin + kAttentionSegment;
-  const int64_t block_elements = static_cast<int64_t>(a.head_dim) * a.block_size;
-  const int64_t unseen = first_position(p, 0) / kTile * kTile;
-  for (int64_t start = unseen > begin ? unseen : begin; start < last; start += kTile) {
-    const int64_t tokens = last - start < kTile ? last - start : kTile;
-    Blocks blocks = {};
-    for (int64_t i = 0; i * a.block_size < tokens; ++i) {
-      const int64_t block = p.block_table[start / a.block_size + i];
-      const int64_t at = (block * a.num_kv_heads + p.kv_head) * block_elements;
-      blocks.k[i] = a.k_cache + at;
-      blocks.v[i] = a.v_cache + at;
-      prefetch(blocks.v[i], block_elements);
-    }
+  for (int64_t start = begin; start < last; start += kTile) {
+    Blocks<T> blocks = {};
+    find_blocks(p, start, last - start < kTile ? last - start : kTile, &blocks);
     for (int64_t i = 0; i * a.block_size < last - start - kTile && i * a.block_size < kTile; ++i) {
-      const int64_t block = p.block_table[(start + kTile) / a.block_size + i];
-      prefetch(a.k_cache + (block * a.num_kv_heads + p.kv_head) * block_elements, block_elements);
+      prefetch(a.k_cache + part_of(p, (start + kTile) / a.block_size + i), a.head_bytes);
     }
     for (int64_t first = 0; first < p.num_rows; first += kMostRows) {
       attend(p, part, blocks, start, first, tile_rows(p, first));
     }
+  }
+}
+
+// One segment into `part`.
+void attend_segment(const Problem& p, const Partial& part, int64_t segment) {
+  clear(p, part);
+  const int64_t seen = position_of(p, p.num_rows - 1) + 1, begin = segment * kAttentionSegment;
+  const int64_t last = seen < begin + kAttentionSegment ? seen : begin + kAttentionSegment;
+  const int64_t unseen = first_position(p, 0) / kTile * kTile, start = unseen > begin ? unseen : begin;
+  if (p.args->kind == KvKind::kInt8) {
+    attend_tiles<int8_t>(p, part, start, last);
+  } else {
+    attend_tiles<uint16_t>(p, part, start, last);
   }
 }
 

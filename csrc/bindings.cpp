@@ -272,14 +272,17 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Program* self, std::optional<std::string> isa, int num_threads, int64_t block_size, int64_t max_num_tokens,
-             int64_t max_num_rows, int64_t max_model_len) {
+             int64_t max_num_rows, int64_t max_model_len, const std::string& kv_dtype) {
             if (num_threads < 1 || max_num_tokens < 1 || max_num_rows < 1 || max_model_len < 1) {
               throw std::invalid_argument("threads, tokens, rows and positions must be at least 1");
             }
-            const Limits limits = {block_size, max_num_tokens, max_num_rows, max_model_len};
+            if (kv_dtype != "fp16" && kv_dtype != "int8") throw std::invalid_argument("K and V are kept as fp16 or int8, not " + kv_dtype);
+            const KvKind kind = kv_dtype == "int8" ? KvKind::kInt8 : KvKind::kF16;
+            const Limits limits = {block_size, max_num_tokens, max_num_rows, max_model_len, kind};
             new (self) Program(isa.has_value() ? isa->c_str() : nullptr, num_threads, limits);
           },
-          "isa"_a.none(), "num_threads"_a, "block_size"_a, "max_num_tokens"_a, "max_num_rows"_a, "max_model_len"_a)
+          "isa"_a.none(), "num_threads"_a, "block_size"_a, "max_num_tokens"_a, "max_num_rows"_a, "max_model_len"_a,
+          "kv_dtype"_a)
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("num_threads", &Program::num_threads)
       .def_prop_ro("weights_bytes", &Program::weights_bytes)
@@ -295,10 +298,12 @@ NB_MODULE(_native, m) {
       .def(
           "add_cache_geometry",
           [](Program& program, int64_t layer, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, float scale,
-             int64_t window, float soft_cap) {
-            return program.add_cache_geometry({layer, num_heads, num_kv_heads, head_dim, scale, window, soft_cap});
+             int64_t window, float soft_cap, int factors, int inverses) {
+            return program.add_cache_geometry(
+                {layer, num_heads, num_kv_heads, head_dim, scale, window, soft_cap, factors, inverses});
           },
-          "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "soft_cap"_a)
+          "layer"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "soft_cap"_a, "factors"_a,
+          "inverses"_a)
       .def(
           "add_quantized",
           [](Program& program, Place codes, Place scales, Place sums, Place scaled_sums, int64_t features, int32_t group) {
@@ -309,7 +314,7 @@ NB_MODULE(_native, m) {
       .def("add_linear_stage", &add_linear_stage, "selected"_a, "x"_a, "quantized"_a, "parts"_a)
       .def("add_attention_stage", &add_attention_stage, "cache"_a, "query"_a, "out"_a)
       .def("finish", &Program::finish, "arena_bytes"_a, "logits"_a, "vocab"_a)
-      .def("allocate_cache", &Program::allocate_cache, "num_layers"_a, "num_blocks"_a, "block_elements"_a)
+      .def("allocate_cache", &Program::allocate_cache, "num_layers"_a, "num_blocks"_a)
       .def("run", &run, "batch"_a, "inputs"_a, "has_cache"_a, "rows"_a.none(), "sampled"_a.none())
       .def(
           "read_value",

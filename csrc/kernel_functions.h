@@ -14,8 +14,8 @@ void embed_row(const PackedWeight* weight, int64_t row, float* out);
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t features, float* out);
 void rope(float* x, int64_t stride, int64_t rows, int32_t num_heads, int32_t head_dim, const float* const* cos_sin_rows);
-void write_kv(const float* k, const float* v, int64_t stride, int64_t rows, const AttentionArgs* cache, uint16_t* k_cache,
-              uint16_t* v_cache, const int32_t* slots);
+void write_kv(const float* k, const float* v, int64_t stride, int64_t rows, const AttentionArgs* cache,
+              const int32_t* slots);
 void attention(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
                float* scratch);
 void attention_segment(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end,

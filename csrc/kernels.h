@@ -73,13 +73,21 @@ struct LinearArgs {
 // are merged in order: whether one thread does them all or several share them changes no bit.
 constexpr int64_t kAttentionSegment = 512;
 
+// How K and V are kept. kInt8: codes, with a float32 scale a token and kv head (graph/ops.py, PagedAttention).
+enum class KvKind : int32_t { kF16, kInt8 };
+
 // One paged attention problem over the cache of one layer.
-// k_cache: fp16 [num_blocks][num_kv_heads][head_dim][block_size] (tokens in lanes), v_cache: fp16 [num_blocks][num_kv_heads][block_size][head_dim].
+// Both caches: [num_blocks][num_kv_heads][head_bytes], where the part of a kv head is, of K, [head_dim][block_size] elements
+// (tokens in lanes), of V, [block_size][head_dim], and for kInt8 behind them the scales [block_size].
 struct AttentionArgs {
   const float* query;         // [tokens][num_heads * head_dim]
   float* out;                 // same shape
-  const uint16_t* k_cache;
-  const uint16_t* v_cache;
+  uint8_t* k_cache;
+  uint8_t* v_cache;
+  KvKind kind;
+  int64_t head_bytes;
+  const float* factors;       // kInt8: [num_kv_heads][head_dim]; query is multiplied by them
+  const float* inverses;      // kInt8: 1 / factors; K is multiplied by them
   int32_t num_heads, num_kv_heads, head_dim, block_size;
   float scale;
   int64_t window;             // a row at position p attends to p - window + 1 to p
@@ -114,8 +122,8 @@ struct KernelTable {
   // norm.cpp, rope.cpp, activation.cpp, attention.cpp, sample.cpp: program.cpp's neighbours, see there
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t features, float* out);
   void (*rope)(float* x, int64_t stride, int64_t rows, int32_t num_heads, int32_t head_dim, const float* const* cos_sin_rows);
-  void (*write_kv)(const float* k, const float* v, int64_t stride, int64_t rows, const AttentionArgs* cache, uint16_t* k_cache,
-                   uint16_t* v_cache, const int32_t* slots);
+  void (*write_kv)(const float* k, const float* v, int64_t stride, int64_t rows, const AttentionArgs* cache,
+                   const int32_t* slots);
   // Rows row_begin..row_end (tokens of one sequence) of one kv head.
   void (*attention)(const AttentionArgs* args, const int32_t* block_table, int64_t row_begin, int64_t row_end, int32_t kv_head,
                     float* scratch);

@@ -6,10 +6,10 @@
 
 namespace octavo {
 
-KvPool::KvPool(int64_t num_layers, int64_t num_blocks, int64_t block_elements)
+KvPool::KvPool(int64_t num_layers, int64_t num_blocks, int64_t block_bytes)
     : num_blocks_(num_blocks),
-      layer_elements_(num_blocks * block_elements),
-      mapping_(static_cast<size_t>(2 * num_layers * num_blocks * block_elements) * sizeof(uint16_t)) {
+      layer_bytes_(num_blocks * block_bytes),
+      mapping_(static_cast<size_t>(2 * num_layers * num_blocks * block_bytes)) {
   toucher_ = std::thread([this] { touch_pages(); });
 }
 

@@ -1,4 +1,4 @@
-// The KV cache of one Program: [layers][K, then V][blocks], float16, one anonymous mapping.
+// The KV cache of one Program: [layers][K, then V][blocks], one anonymous mapping.
 //
 // A thread of low priority touches the pages one after another once the pool is mapped, so that a busy server does not pay for
 // page faults inside its steps; nothing waits for it.
@@ -14,21 +14,20 @@ namespace octavo {
 
 class KvPool {
  public:
-  KvPool(int64_t num_layers, int64_t num_blocks, int64_t block_elements);  // elements of K of one block of one layer
+  KvPool(int64_t num_layers, int64_t num_blocks, int64_t block_bytes);  // bytes of K of one block of one layer
   ~KvPool();
   KvPool(const KvPool&) = delete;
   KvPool& operator=(const KvPool&) = delete;
 
   int64_t num_blocks() const { return num_blocks_; }
-  uint16_t* k(int64_t layer) const { return base() + 2 * layer * layer_elements_; }
-  uint16_t* v(int64_t layer) const { return base() + (2 * layer + 1) * layer_elements_; }
+  uint8_t* k(int64_t layer) const { return mapping_.data() + 2 * layer * layer_bytes_; }
+  uint8_t* v(int64_t layer) const { return mapping_.data() + (2 * layer + 1) * layer_bytes_; }
 
  private:
-  uint16_t* base() const { return reinterpret_cast<uint16_t*>(mapping_.data()); }
   void touch_pages();
 
   int64_t num_blocks_;
-  int64_t layer_elements_;
+  int64_t layer_bytes_;
   Mapping mapping_;
   std::atomic<bool> stopping_{false};
   std::thread toucher_;

@@ -135,7 +135,7 @@ OCTAVO_INLINE f32x16 load_scales(const GroupedPanel& panel, const uint8_t* block
   const auto* halves = reinterpret_cast<const uint16_t*>(block);
   if (panel.layout.factors == 0) return load_f16(halves + (kind * groups + g) * kPanel + column);
   const auto* factors = reinterpret_cast<const int8_t*>(block + panel.layout.factors);
-  return load_f16(halves + kind * kPanel + column) * to_f32(load_i8(factors + (kind * groups + g) * kPanel + column));
+  return load_f16(halves + kind * kPanel + column) * load_i8(factors + (kind * groups + g) * kPanel + column);
 }
 
 OCTAVO_INLINE Output at_column(const Output& to, int64_t column) {

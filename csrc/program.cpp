@@ -129,10 +129,16 @@ void Program::finish(size_t arena_bytes, Place logits, int64_t vocab) {
   attention_items_.reserve(static_cast<size_t>(limits_.max_num_tokens));
 }
 
-void Program::allocate_cache(int64_t num_layers, int64_t num_blocks, int64_t block_elements) {
+int64_t Program::head_bytes(const CacheGeometry& geometry) const {
+  const int64_t head_dim = geometry.head_dim;
+  return limits_.block_size * (limits_.kv_kind == KvKind::kInt8 ? head_dim + 4 : 2 * head_dim);  // int8: a float32 scale
+}
+
+void Program::allocate_cache(int64_t num_layers, int64_t num_blocks) {
   require(kv_ == nullptr, "the KV cache is allocated already");
   require(num_blocks > 0, "a KV cache needs at least one block");
-  kv_ = std::make_unique<KvPool>(num_layers, num_blocks, block_elements);
+  require(!caches_.empty(), "a graph without attention needs no KV cache");
+  kv_ = std::make_unique<KvPool>(num_layers, num_blocks, caches_[0].num_kv_heads * head_bytes(caches_[0]));
 }
 
 // ---- the contract of a step ------------------------------------------------------------------------------------------

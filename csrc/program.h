@@ -56,6 +56,7 @@ struct CacheGeometry {       // of one attention operator
   float scale;
   int64_t window;            // max_model_len: none
   float soft_cap;            // 0: none
+  int factors, inverses;     // vectors [num_kv_heads * head_dim]; -1 unless K and V are int8
 };
 
 struct Stage {
@@ -81,6 +82,7 @@ struct RopeTable {
 
 struct Limits {
   int64_t block_size, max_num_tokens, max_num_rows, max_model_len;
+  KvKind kv_kind;
 };
 
 // Pointers to the arrays of graph/batch.py (Batch), checked by Program::run.
@@ -126,7 +128,7 @@ class Program final : private Job {
   // Takes the activations' memory; `logits` is -1 for a graph that samples nothing.
   void finish(size_t arena_bytes, Place logits, int64_t vocab);
 
-  void allocate_cache(int64_t num_layers, int64_t num_blocks, int64_t block_elements);
+  void allocate_cache(int64_t num_layers, int64_t num_blocks);
 
   // One step. Throws std::invalid_argument, having changed nothing, if the batch is outside its contract.
   void run(const BatchView& batch, const SamplingView* sampling);
@@ -156,6 +158,7 @@ class Program final : private Job {
   float* partials(const CacheGeometry& geometry, const AttentionItem& tile, int64_t kv_head, int64_t* stride);
   int64_t choose_segments() const;
   void run_sample(int64_t row, int thread);
+  int64_t head_bytes(const CacheGeometry& geometry) const;  // of a kv head's part of a block of K or V
   AttentionArgs attention_args(const CacheGeometry& geometry) const;
   float* at(Place place) { return reinterpret_cast<float*>(arena_.data() + place); }
   QuantizedRows quantized_rows(int id, int64_t rows);

@@ -18,8 +18,6 @@ namespace OCTAVO_NS {
 
 namespace {
 
-constexpr float kSmallest = 0x1p-120f;
-
 template <int kVectors>  // a group is kVectors * 16 columns
 void quantize_groups(const float* x, int64_t groups, int64_t row, const QuantizedRows& out) {
   constexpr int64_t kGroup = kVectors * kLanes;
@@ -35,8 +33,8 @@ void quantize_groups(const float* x, int64_t groups, int64_t row, const Quantize
       maxima[g] = hmax_i32(greatest);
     }
     const f32x16 maximum = f32_of_bits(load_i32(maxima)), zero = set1(0.0f);
-    store(inverses, select_gt(set1(kSmallest), maximum, zero, set1(127.0f) / maximum));
-    store(scales, select_gt(set1(kSmallest), maximum, zero, maximum / set1(127.0f)));
+    store(inverses, select_gt(set1(kSmallestMaximum), maximum, zero, set1(127.0f) / maximum));
+    store(scales, select_gt(set1(kSmallestMaximum), maximum, zero, maximum / set1(127.0f)));
     for (int64_t g = 0; g < count; ++g) {
       const int64_t at = (first + g) * out.stride + row;
       const f32x16 inverse = set1(inverses[g]), magic = set1(kRoundMagic);

@@ -79,9 +79,8 @@ void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t st
       break;
     }
     case RowOp::Kind::kWriteKv: {
-      const CacheGeometry& cache = caches_[static_cast<size_t>(op.cache)];
-      const AttentionArgs args = attention_args(cache);
-      kernels_.write_kv(a, b, op.features, rows, &args, kv_->k(cache.layer), kv_->v(cache.layer), batch_->slots + begin);
+      const AttentionArgs args = attention_args(caches_[static_cast<size_t>(op.cache)]);
+      kernels_.write_kv(a, b, op.features, rows, &args, batch_->slots + begin);
       break;
     }
   }
@@ -121,6 +120,12 @@ AttentionArgs Program::attention_args(const CacheGeometry& geometry) const {
   AttentionArgs args{};
   args.k_cache = kv_->k(geometry.layer);
   args.v_cache = kv_->v(geometry.layer);
+  args.kind = limits_.kv_kind;
+  args.head_bytes = head_bytes(geometry);
+  if (limits_.kv_kind == KvKind::kInt8) {
+    args.factors = weights_.vector(geometry.factors);
+    args.inverses = weights_.vector(geometry.inverses);
+  }
   args.num_heads = geometry.num_heads;
   args.num_kv_heads = geometry.num_kv_heads;
   args.head_dim = geometry.head_dim;

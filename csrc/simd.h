@@ -145,7 +145,7 @@ OCTAVO_INLINE uint16_t f32_to_f16(float x) {
 
 // ---- float lanes -------------------------------------------------------------------------------------------------
 // set1, load, store (unaligned), load_partial (lanes n and up are 0), store_partial, load_f16, store_f16, load_bf16,
-// + - * /, fma(a, b, c) = a * b + c rounded once, max, min, abs, sqrt, select_gt(a, b, x, y) = a > b ? x : y,
+// load_i8, + - * /, fma(a, b, c) = a * b + c rounded once, max, min, abs, sqrt, select_gt(a, b, x, y) = a > b ? x : y,
 // to_f32 of int lanes, bits_of and f32_of_bits.
 
 #if defined(OCTAVO_ISA_AVX512)
@@ -162,6 +162,9 @@ OCTAVO_INLINE f32x16 load_f16(const uint16_t* p) {
 OCTAVO_INLINE void store_f16(uint16_t* p, f32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+OCTAVO_INLINE f32x16 load_i8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 OCTAVO_INLINE f32x16 load_bf16(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -229,6 +232,10 @@ OCTAVO_INLINE __m256 load_bf16x8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 OCTAVO_INLINE f32x16 load_bf16(const uint16_t* p) { return {load_bf16x8(p), load_bf16x8(p + 8)}; }
+OCTAVO_INLINE __m256 load_i8x8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+OCTAVO_INLINE f32x16 load_i8(const int8_t* p) { return {load_i8x8(p), load_i8x8(p + 8)}; }
 OCTAVO_INLINE f32x16 operator+(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 OCTAVO_INLINE f32x16 operator-(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 OCTAVO_INLINE f32x16 operator*(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -298,6 +305,7 @@ OCTAVO_INLINE void store_partial(float* p, f32x16 a, int64_t n) {
 OCTAVO_INLINE f32x16 load_f16(const uint16_t* p) { OCTAVO_LANES(f32x16, f16_to_f32(p[i])); }
 OCTAVO_INLINE void store_f16(uint16_t* p, f32x16 a) { OCTAVO_EACH(16) p[i] = f32_to_f16(a.v[i]); }
 OCTAVO_INLINE f32x16 load_bf16(const uint16_t* p) { OCTAVO_LANES(f32x16, bf16_to_f32(p[i])); }
+OCTAVO_INLINE f32x16 load_i8(const int8_t* p) { OCTAVO_LANES(f32x16, static_cast<float>(p[i])); }
 OCTAVO_INLINE f32x16 operator+(f32x16 a, f32x16 b) { OCTAVO_LANES(f32x16, a.v[i] + b.v[i]); }
 OCTAVO_INLINE f32x16 operator-(f32x16 a, f32x16 b) { OCTAVO_LANES(f32x16, a.v[i] - b.v[i]); }
 OCTAVO_INLINE f32x16 operator*(f32x16 a, f32x16 b) { OCTAVO_LANES(f32x16, a.v[i] * b.v[i]); }
@@ -356,9 +364,6 @@ OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   memcpy(&four, p, sizeof four);
   return {_mm512_set1_epi32(four)};
 }
-OCTAVO_INLINE i32x16 load_i8(const int8_t* p) {
-  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
 OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
 
 #elif defined(OCTAVO_ISA_AVX2)
@@ -380,10 +385,6 @@ OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   memcpy(&four, p, sizeof four);
   const __m256i all = _mm256_set1_epi32(four);
   return {all, all};
-}
-OCTAVO_INLINE i32x16 load_i8(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
 }
 #if defined(OCTAVO_ISA_AVXVNNI)
 OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) {
@@ -412,7 +413,6 @@ OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
   OCTAVO_EACH(64) result.v[i] = static_cast<uint8_t>(p[i & 3]);
   return result;
 }
-OCTAVO_INLINE i32x16 load_i8(const int8_t* p) { OCTAVO_LANES(i32x16, p[i]); }
 OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) {
   OCTAVO_EACH(16) {
     int32_t sum = 0;
@@ -533,6 +533,9 @@ OCTAVO_INLINE f32x16 abs(f32x16 a) { return f32_of_bits(bits_of(a) & set1_i32(0x
 
 // Adding this and looking at the low bits rounds |x| <= 2**21 to the nearest integer, ties to even.
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2**23, bits 0x4b400000
+
+// Numbers rounded to int8 whose greatest magnitude is below this count as zeros: 127 / magnitude could overflow.
+constexpr float kSmallestMaximum = 0x1p-120f;
 
 // e**x within 1 unit in the last place (0.91 measured) for -87.3 <= x <= 88.72; 0 below, infinity above, NaN for NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2; e**r is the series to r**7 / 7!, whose rest is below a float32 rounding there;

@@ -33,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_num_batched_tokens: the token budget of one step.
         max_num_waiting: the most requests in the waiting queue.
         block_size: tokens a KV block.
+        kv_dtype: how K and V are kept: "fp16", or "int8" in a good half of the memory.
         use_prefix_cache: serve known prefixes from the cache.
         policy: order of the waiting queue.
         num_threads: threads of the CPU backend.
@@ -49,6 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     max_num_waiting: int = 2048
     block_size: int = 16
+    kv_dtype: Literal["fp16", "int8"] = "fp16"
     use_prefix_cache: bool = True
     policy: Literal["fcfs", "priority"] = "fcfs"
     backend: Literal["cpu", "reference"] = "cpu"
@@ -74,6 +76,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             faults.append(
                 f"--quantization must be {' or '.join(QUANTIZATIONS)}, not {self.quantization}"
             )
+        if self.kv_dtype not in ("fp16", "int8"):
+            faults.append(f"--kv-dtype must be fp16 or int8, not {self.kv_dtype}")
         if faults:
             raise ConfigError("; ".join(faults))
         return self

@@ -1,15 +1,19 @@
 """How close a backend's logits come to an independent implementation of the same weights.
 
-    python benchmarks/cpu/quality.py --text FILE [--tokens N] [--model SPEC] [--no-transformers]
+    python benchmarks/cpu/quality.py --text FILE[.gz] [--tokens N] [--model SPEC]
+        [--no-transformers] [--int8-cache]
 
 Runs one text through the reference backend (float32), transformers on the dequantized weights, and
 the CPU backend, in lockstep chunk by chunk, and prints mean KL divergence, share of equal top
-tokens and perplexities of each pair. The oracle tests use the same functions.
+tokens and perplexities of each pair; with --int8-cache only the reference backend, unrounded but
+for its KV cache of fp16 and int8, and the CPU backend with both. A long text is taken in windows,
+each with a context of its own. The oracle tests use the same functions.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib
 import itertools
 import math
@@ -44,6 +48,7 @@ Parts = Sequence[tuple[int, Sequence[int]]]
 
 BLOCK_SIZE = 16
 CHUNK = 200
+WINDOW = 2000
 
 SHARED_KEYS = (
     "vocab_size",
@@ -189,7 +194,7 @@ class SameRounding:
             replace(model, graph=_add_to_inputs(graph, taps)),
             weights,
             round_activations=False,
-            cache_dtype="f32",
+            cache_dtype="fp32",
             **sizes,
         )
 
@@ -374,9 +379,13 @@ def compare(
     token_ids: Sequence[int],
     *,
     progress: bool = False,
+    found: dict[tuple[str, str], Agreement] | None = None,
 ) -> dict[tuple[str, str], Agreement]:
-    """Run streams of logits in lockstep and judge the pairs (truth, judged)."""
-    found = {pair: Agreement() for pair in pairs}
+    """Run streams of logits in lockstep and judge the pairs (truth, judged).
+
+    The sums go on from those `found` in earlier windows of the text.
+    """
+    found = found or {pair: Agreement() for pair in pairs}
     started, done = time.monotonic(), 0
     for chunks in zip(*streams.values(), strict=True):
         logs = {name: _log_softmax(c) for name, c in zip(streams, chunks, strict=True)}
@@ -400,6 +409,62 @@ def _log_softmax(logits: Float32) -> NDArray[np.float64]:
     return shifted
 
 
+def read_text(path: Path, most_bytes: int) -> str:
+    """The beginning of a UTF-8 text, which may be compressed."""
+    with path.open("rb") as file:
+        source_file = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        return source_file.read(most_bytes).decode("utf-8", "ignore")
+
+
+Pairs = list[tuple[str, str]]
+
+
+def cache_streams(
+    model: registry.Model, weights: Weights, token_ids: Sequence[int]
+) -> tuple[dict[str, Iterable[Float32]], Pairs]:
+    """An int8 KV cache against fp16: the rest unrounded, and on the CPU backend."""
+    streams: dict[str, Iterable[Float32]] = {}
+    for name, backend, options in (
+        ("fp32", "reference", {"round_activations": False}),
+        ("cpu", "cpu", {}),
+    ):
+        for dtype in ("fp16", "int8"):
+            streams[f"{name}, {dtype} cache"] = Stream.compile(
+                backend, model, weights, max_len=len(token_ids), max_tokens=CHUNK,
+                cache_dtype=dtype, **options,
+            ).chunks(token_ids, CHUNK)  # fmt: skip
+    return streams, [
+        ("fp32, fp16 cache", "fp32, int8 cache"),
+        ("cpu, fp16 cache", "cpu, int8 cache"),
+        ("fp32, fp16 cache", "cpu, fp16 cache"),
+        ("fp32, fp16 cache", "cpu, int8 cache"),
+    ]
+
+
+def all_streams(
+    model: registry.Model, weights: Weights, token_ids: Sequence[int], oracle: Any
+) -> tuple[dict[str, Iterable[Float32]], Pairs]:
+    """The reference backend, the CPU backend, and transformers unless `oracle` is None."""
+    sizes = {"max_len": len(token_ids), "max_tokens": CHUNK}
+    settings: dict[str, dict[str, Any]] = {
+        "fp32": {"round_activations": False, "cache_dtype": "fp32"},
+        "fp32, fp16 cache": {"round_activations": False},
+    }
+    streams: dict[str, Iterable[Float32]] = {
+        name: Stream.compile("reference", model, weights, **sizes, **options).chunks(
+            token_ids, CHUNK
+        )
+        for name, options in settings.items()
+    }
+    both = SameRounding(model, weights, **sizes)
+    streams["cpu"], streams["same rounding"] = both.chunks(token_ids, CHUNK)
+    pairs = [("fp32", "fp32, fp16 cache"), ("same rounding", "cpu"), ("fp32", "cpu")]
+    if oracle is not None:
+        streams["transformers"] = transformers_chunks(oracle, token_ids, CHUNK)
+        pairs = [("transformers", "fp32"), *pairs, ("transformers", "cpu")]
+    return streams, pairs
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -407,34 +472,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000, metavar="N", help="default 2000")
     parser.add_argument("--model", default="smollm2", help="file, folder or name of the model")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
+    parser.add_argument("--int8-cache", action="store_true", help="compare KV caches alone")
     args = parser.parse_args()
     path = source.resolve(args.model)
-    token_ids = load_tokenizer(path).encode(args.text.read_text("utf-8"))[: args.tokens]
+    text = read_text(args.text, 16 * args.tokens)
+    token_ids = load_tokenizer(path).encode(text)[: args.tokens]
     model, weights = load(path)
-    length = len(token_ids)
-    settings: dict[str, tuple[str, dict[str, object]]] = {
-        "fp32": ("reference", {"round_activations": False, "cache_dtype": "f32"}),
-        "fp32, fp16 cache": ("reference", {"round_activations": False}),
-    }
-    streams: dict[str, Iterable[Float32]] = {
-        name: Stream.compile(
-            backend, model, weights, max_len=length, max_tokens=CHUNK, **options
-        ).chunks(token_ids, CHUNK)
-        for name, (backend, options) in settings.items()
-    }
-    both = SameRounding(model, weights, max_len=length, max_tokens=CHUNK)
-    streams["cpu"], streams["same rounding"] = both.chunks(token_ids, CHUNK)
-    pairs = [
-        ("fp32", "fp32, fp16 cache"),
-        ("same rounding", "cpu"),
-        ("fp32", "cpu"),
-    ]
-    if not args.no_transformers:
+    oracle = None
+    if not (args.int8_cache or args.no_transformers):
         oracle = build_transformers(model, weights)
-        streams["transformers"] = transformers_chunks(oracle, token_ids, CHUNK)
-        pairs = [("transformers", "fp32"), *pairs, ("transformers", "cpu")]
-    found = compare(streams, pairs, token_ids, progress=True)
-    print(f"{path.name}, {length} positions of {args.text.name}")
+    found: dict[tuple[str, str], Agreement] = {}
+    for start in range(0, len(token_ids), WINDOW):
+        window = token_ids[start : start + WINDOW]
+        if args.int8_cache:
+            streams, pairs = cache_streams(model, weights, window)
+        else:
+            streams, pairs = all_streams(model, weights, window, oracle)
+        found = compare(streams, pairs, window, progress=True, found=found)
+    print(f"{path.name}, {len(token_ids)} positions of {args.text.name}")
     print(f"{'truth':18} {'judged':18} {'mean KL':>9} {'same top':>9} {'perplexity':>10} change")
     for (p, q), a in found.items():
         print(

@@ -1,6 +1,7 @@
 """Steps of the CPU backend alone: prefill and decode, without scheduler or server.
 
     python benchmarks/cpu/steps.py MODEL.gguf [--threads 2] [--context 300] [--block-size 16 64]
+        [--kv-dtype int8]
 
 Prints tokens/s of a prompt chunk of 256 tokens, and of decode steps of 1, 16 and 64 sequences with
 the given context; the best of several repetitions, and the median. The KV cache holds zeros: what
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=300)
+    parser.add_argument("--kv-dtype", choices=("fp16", "int8"), default="fp16")
     parser.add_argument("--block-size", type=int, nargs="+", default=[16])
     options = parser.parse_args()
     clock = time.thread_time if options.threads == 1 else time.perf_counter
@@ -94,6 +96,7 @@ def main() -> None:
             max_num_seqs=64,
             max_model_len=width * block_size,
             block_size=block_size,
+            kv_dtype=options.kv_dtype,
         )
         program: Program = loading.load(config, lambda phase, fraction: None).program
         print(f"{program.description}, blocks of {block_size}")

@@ -107,6 +107,7 @@ struct AttentionCase {
   int64_t seen, rows;  // tokens before the rows, query tokens
   int64_t window = 1 << 20;
   float soft_cap = 0.0f;
+  KvKind kind = KvKind::kF16;
 };
 
 void test_attention(const KernelTable& table, const AttentionCase& c) {
@@ -116,7 +117,8 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
   const auto v = random_floats(static_cast<size_t>(total * kv_features));
   const auto q = random_floats(static_cast<size_t>(c.rows * features), 2.0f);
   const auto elements = static_cast<size_t>((blocks + 1) * kv_features * c.block_size);
-  std::vector<uint16_t> k_cache(elements, 0x7e00), v_cache(elements, 0x7e00);  // NaN wherever nobody wrote
+  // NaN wherever nobody wrote: as float16, and as the float32 scales of int8.
+  std::vector<uint16_t> k_cache(elements, 0x7fff), v_cache(elements, 0x7fff);
   std::vector<int32_t> block_table, slots, positions;
   for (int64_t i = 0; i < blocks; ++i) block_table.push_back(static_cast<int32_t>(blocks - i));  // block 0 stays NaN
   for (int64_t i = 0; i < total; ++i) {
@@ -124,12 +126,21 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
   }
   for (int64_t i = 0; i < c.rows; ++i) positions.push_back(static_cast<int32_t>(c.seen + i));
 
+  std::vector<float> factors, inverses;  // powers of two: what they do is exact
+  for (int64_t i = 0; i < kv_features; ++i) {
+    factors.push_back(std::ldexp(1.0f, static_cast<int>(-(i % 3))));
+    inverses.push_back(1.0f / factors.back());
+  }
   AttentionArgs args{};
   std::vector<float> out(q.size());
   args.query = q.data();
   args.out = out.data();
-  args.k_cache = k_cache.data();
-  args.v_cache = v_cache.data();
+  args.k_cache = reinterpret_cast<uint8_t*>(k_cache.data());
+  args.v_cache = reinterpret_cast<uint8_t*>(v_cache.data());
+  args.kind = c.kind;
+  args.head_bytes = c.block_size * (c.kind == KvKind::kInt8 ? c.head_dim + 4 : 2 * c.head_dim);
+  args.factors = factors.data();
+  args.inverses = inverses.data();
   args.num_heads = c.num_heads;
   args.num_kv_heads = c.num_kv_heads;
   args.head_dim = c.head_dim;
@@ -138,7 +149,7 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
   args.window = c.window;
   args.soft_cap = c.soft_cap;
   args.positions = positions.data();
-  table.write_kv(k.data(), v.data(), kv_features, total, &args, k_cache.data(), v_cache.data(), slots.data());
+  table.write_kv(k.data(), v.data(), kv_features, total, &args, slots.data());
   const int64_t group = c.num_heads / c.num_kv_heads;
   std::vector<float> scratch(attention_scratch_floats(c.rows, group, c.head_dim));
   for (int32_t head = 0; head < c.num_kv_heads; ++head) {
@@ -166,9 +177,13 @@ void test_attention(const KernelTable& table, const AttentionCase& c) {
       std::vector<double> weights;
       const auto cached = [&](const std::vector<uint16_t>& cache, int64_t token, int64_t d, bool tokens_in_lanes) {
         const int64_t slot = slots[static_cast<size_t>(token)], offset = slot % c.block_size;
-        const int64_t base = (slot / c.block_size * c.num_kv_heads + kv_head) * c.head_dim * c.block_size;
+        const auto* part = reinterpret_cast<const uint8_t*>(cache.data()) +
+                           (slot / c.block_size * c.num_kv_heads + kv_head) * args.head_bytes;
         const int64_t at = tokens_in_lanes ? d * c.block_size + offset : offset * c.head_dim + d;
-        return half_to_double(cache[static_cast<size_t>(base + at)]);
+        if (c.kind == KvKind::kF16) return half_to_double(reinterpret_cast<const uint16_t*>(part)[at]);
+        const double scale = reinterpret_cast<const float*>(part + c.head_dim * c.block_size)[offset];
+        const double factor = tokens_in_lanes ? factors[static_cast<size_t>(kv_head * c.head_dim + d)] : 1.0f;
+        return factor * scale * reinterpret_cast<const int8_t*>(part)[at];
       };
       double top = -INFINITY, sum = 0.0;
       for (int64_t token = first; token < visible; ++token) {
@@ -285,10 +300,12 @@ int main() {
     if (table == nullptr) continue;
     test_elementwise(*table);
     test_rope(*table);
-    for (const AttentionCase& c : {AttentionCase{1, 1, 16, 8, 0, 1}, {6, 2, 64, 8, 61, 7}, {9, 3, 64, 16, 127, 3},
+    for (AttentionCase c : {AttentionCase{1, 1, 16, 8, 0, 1}, {6, 2, 64, 8, 61, 7}, {9, 3, 64, 16, 127, 3},
                                    {4, 4, 96, 32, 5, 70}, {7, 1, 128, 64, 64, 1}, {2, 1, 256, 16, 200, 2},
                                    {4, 2, 32, 16, 1021, 5}, {6, 2, 64, 8, 61, 70, 33}, {4, 1, 32, 16, 1533, 9, 513},
                                    {2, 1, 16, 32, 100, 3, 1}, {4, 2, 32, 16, 40, 5, 1 << 20, 2.0f}}) {
+      test_attention(*table, c);
+      c.kind = KvKind::kInt8;
       test_attention(*table, c);
     }
     test_sample(*table);

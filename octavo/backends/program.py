@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.graph.tensors import StoredTensor
-from octavo.graph.trace import Graph
+from octavo.graph.trace import CacheDtype, Graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,8 @@ class CompileOptions:
         isa: "scalar", "avx2" or "avx512" forces one (tests); None takes the best.
         round_activations: reference backend alone: round the inputs of grouped products to int8 as
             the contract of Linear says.
-        cache_dtype: reference backend alone: how K and V are kept; the contract is float16, and
-            float32 is for comparing with implementations that keep no cache at all.
+        cache_dtype: how K and V are kept; fp32, of the reference backend alone, is for comparing
+            with implementations that keep no cache at all.
     """
 
     num_threads: int
@@ -35,7 +35,7 @@ class CompileOptions:
     max_model_len: int
     isa: str | None = None
     round_activations: bool = True
-    cache_dtype: Literal["f16", "f32"] = "f16"
+    cache_dtype: CacheDtype = "fp16"
 
 
 class Program(Protocol):

@@ -39,6 +39,14 @@ def add_quantization(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def add_kv_dtype(parser: argparse._ActionsContainer) -> None:
+    """Add how K and V are kept."""
+    parser.add_argument(
+        "--kv-dtype", choices=("fp16", "int8"), default="fp16",
+        help="how K and V are kept; int8 takes about half the memory (default: %(default)s)",
+    )  # fmt: skip
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add what an engine can be told."""
     group = parser.add_argument_group("engine")
@@ -71,6 +79,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=int, choices=(8, 16, 32, 64), default=fields["block_size"],
         help="tokens a KV block (default: %(default)s)",
     )  # fmt: skip
+    add_kv_dtype(group)
     group.add_argument(
         "--no-prefix-cache", action="store_true", help="compute every prompt from its beginning"
     )
@@ -107,6 +116,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_waiting=options.max_num_waiting,
         block_size=options.block_size,
+        kv_dtype=options.kv_dtype,
         use_prefix_cache=not options.no_prefix_cache,
         policy=options.policy,
         backend=options.backend,

@@ -6,10 +6,17 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from octavo.cli.options import add_model, add_quantization, human_number, resolve_model
+from octavo.cli.options import (
+    add_kv_dtype,
+    add_model,
+    add_quantization,
+    human_number,
+    resolve_model,
+)
 from octavo.cli.progress import human_bytes
 from octavo.config import Quantization, available_memory, plan_memory
-from octavo.runner.loading import CACHE_ELEMENT_BYTES, declare, weights_nbytes
+from octavo.graph.trace import CacheDtype
+from octavo.runner.loading import declare, weights_nbytes
 from octavo.weights.loader import open_model
 
 
@@ -20,15 +27,19 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         "--memory", type=human_number, metavar="BYTES", help="KV cache, as of serve"
     )
     add_quantization(parser)
+    add_kv_dtype(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable")
     options = parser.parse_args(arguments)
-    plan = make_plan(options.model, options.memory, options.quantization)
+    plan = make_plan(options.model, options.memory, options.quantization, options.kv_dtype)
     print(json.dumps(plan) if options.json else _table(plan))
     return 0
 
 
 def make_plan(
-    name: str, memory_bytes: int | None, quantization: Quantization | None = None
+    name: str,
+    memory_bytes: int | None,
+    quantization: Quantization | None = None,
+    kv_dtype: CacheDtype = "fp16",
 ) -> dict[str, object]:
     """The figures of the plan; sizes in bytes, lengths in tokens."""
     files = open_model(resolve_model(name))
@@ -37,7 +48,7 @@ def make_plan(
         weights = weights_nbytes(model, files, quantization)
     finally:
         files.close()
-    per_token = sum(g.bytes_per_token(CACHE_ELEMENT_BYTES) for g in model.graph.cache_groups)
+    per_token = sum(g.bytes_per_token(kv_dtype) for g in model.graph.cache_groups)
     pool, free = plan_memory(memory_bytes), available_memory()
     longest = min(model.config.max_position_embeddings, pool // per_token)
     return {
@@ -45,6 +56,7 @@ def make_plan(
         "architecture": model.architecture,
         "parameters": model.num_parameters,
         "weights_bytes": weights,
+        "kv_dtype": kv_dtype,
         "kv_bytes_per_token": per_token,
         "kv_pool_bytes": pool,
         "kv_pool_tokens": pool // per_token,
@@ -65,7 +77,7 @@ def _table(plan: dict[str, object]) -> str:
     rows = [
         ("model", f"{plan['model']} ({plan['architecture']}, {plan['parameters']:,} parameters)"),
         ("weights", size("weights_bytes")),
-        ("KV cache a token", size("kv_bytes_per_token")),
+        ("KV cache a token", f"{size('kv_bytes_per_token')} ({plan['kv_dtype']})"),
         ("KV pool", f"{size('kv_pool_bytes')}, {plan['kv_pool_tokens']:,} tokens"),
         ("context", f"{plan['context']:,} of the model's {plan['model_context']:,} tokens"),
         ("at full context", f"{plan['sequences_of_full_context']:,} sequences at once"),

@@ -41,6 +41,7 @@ class LLMOptions(TypedDict, total=False):
     max_num_batched_tokens: int
     threads: int | None
     block_size: int
+    kv_dtype: Literal["fp16", "int8"]
     prefix_cache: bool
     backend: Literal["cpu", "reference"]
     quantization: Quantization | None

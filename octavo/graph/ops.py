@@ -89,9 +89,15 @@ class PagedAttention:
     """Write K and V of the step into the cache, then causal attention of each row over it.
 
     Inputs: query [T, num_heads * head_dim], key and value [T, num_kv_heads * head_dim]. K and V
-    are rounded to the cache's dtype and read back from it, also those of this step. Softmax
-    accumulates in float32 in ascending order of absolute position, so a row's result depends on
-    nothing but its query and its sequence's cache.
+    are rounded to the cache's dtype and read back from it, also those of this step.
+
+    In an int8 cache each head of a token of K, and of V, is rounded as one group, as Linear rounds
+    x, and read back as scale * code; NaN or infinity in the head makes all of it NaN. K is divided
+    by static factors before (multiplied by 1 / factor) and the query multiplied by them
+    (backends/key_scaling.py), for K's rounding alone.
+
+    Softmax accumulates in float32 in ascending order of absolute position, so a row's result
+    depends on nothing but its query and its sequence's cache.
 
     A row at position p attends to the positions 0 to p; with a window, to the last `window` of
     them: p - window + 1 to p. What lies before is never read into a result, NaN included.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from octavo.graph import ops as op
 
@@ -30,6 +31,10 @@ class Node:
     features: int
 
 
+CacheDtype = Literal["fp16", "int8", "fp32"]
+"""How K and V are kept; int8 has a float32 scale a token and kv head beside its codes."""
+
+
 @dataclass(frozen=True, slots=True)
 class CacheGroup:
     """What a token costs in the KV cache: layers that share one block table."""
@@ -39,9 +44,14 @@ class CacheGroup:
     num_kv_heads: int
     head_dim: int
 
-    def bytes_per_token(self, element_bytes: int) -> int:
+    def bytes_per_token(self, dtype: CacheDtype) -> int:
         """Bytes of K and V of one token over all layers."""
-        return 2 * len(self.layers) * self.num_kv_heads * self.head_dim * element_bytes
+        head_bytes = {
+            "fp16": 2 * self.head_dim,
+            "int8": self.head_dim + 4,
+            "fp32": 4 * self.head_dim,
+        }
+        return 2 * len(self.layers) * self.num_kv_heads * head_bytes[dtype]
 
 
 @dataclass(frozen=True, slots=True)

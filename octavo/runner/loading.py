@@ -27,9 +27,6 @@ from octavo.weights.loader import ModelFiles, open_model
 PhaseProgress = Callable[[str, float], None]
 """Called with the name of the phase of loading and the fraction of it that is done."""
 
-CACHE_ELEMENT_BYTES = 2
-"""K and V are kept in fp16 by every backend; used to plan before there is a Program to ask."""
-
 BACKENDS = {"cpu": "octavo.backends.cpu", "reference": "octavo.backends.reference"}
 """Modules with a `compile`; the one that is used is the only one imported."""
 
@@ -89,6 +86,7 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
             max_num_tokens=config.max_num_batched_tokens,
             max_num_rows=min(config.max_num_seqs, config.max_num_batched_tokens),
             max_model_len=max_model_len,
+            cache_dtype=config.kv_dtype,
         )
         compile_graph: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
         program = compile_graph(
@@ -156,7 +154,7 @@ def _plan_model_len(config: EngineConfig, model_len: int, graph: Graph) -> int:
                 f"{model_len:,} tokens; lower it"
             )
         return config.max_model_len
-    token_bytes = sum(g.bytes_per_token(CACHE_ELEMENT_BYTES) for g in graph.cache_groups)
+    token_bytes = sum(g.bytes_per_token(config.kv_dtype) for g in graph.cache_groups)
     block_bytes = token_bytes * config.block_size
     num_blocks = pool_blocks(config, model_len, block_bytes)
     return min(model_len, num_blocks * config.block_size)

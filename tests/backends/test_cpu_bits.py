@@ -84,34 +84,50 @@ def run_whole(kit: Any, program: Program, block_size: int = 16) -> tuple[Float32
     return values["logits"], values["hidden"]
 
 
+@pytest.fixture(scope="module", params=["fp16", "int8"])
+def cache_dtype(request: pytest.FixtureRequest) -> str:
+    """How K and V are kept."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def expected(kit: Any, model: tuple[Graph, Mapping[str, StoredTensor]]) -> tuple[Float32, Float32]:
+def expected(
+    kit: Any, model: tuple[Graph, Mapping[str, StoredTensor]], cache_dtype: str
+) -> tuple[Float32, Float32]:
     """The prompt's logits and hidden states, best instruction set, one thread."""
-    return run_whole(kit, compile_model(kit, model, num_threads=1))
+    return run_whole(kit, compile_model(kit, model, num_threads=1, cache_dtype=cache_dtype))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_instruction_sets_and_threads(
-    kit: Any, model: Any, expected: tuple[Float32, Float32], isa: str, num_threads: int
+    kit: Any,
+    model: Any,
+    expected: tuple[Float32, Float32],
+    cache_dtype: str,
+    isa: str,
+    num_threads: int,
 ) -> None:
-    program = compile_model(kit, model, isa=isa, num_threads=num_threads)
+    program = compile_model(kit, model, isa=isa, num_threads=num_threads, cache_dtype=cache_dtype)
     for actual, wanted in zip(run_whole(kit, program), expected, strict=True):
         assert actual.tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("block_size", [8, 32, 64])
 def test_block_sizes(
-    kit: Any, model: Any, expected: tuple[Float32, Float32], block_size: int
+    kit: Any, model: Any, expected: tuple[Float32, Float32], cache_dtype: str, block_size: int
 ) -> None:
-    program = compile_model(kit, model, block_size=block_size)
+    program = compile_model(kit, model, block_size=block_size, cache_dtype=cache_dtype)
     for actual, wanted in zip(run_whole(kit, program, block_size), expected, strict=True):
         assert actual.tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("cuts", [[1] * 150, [149, 1], [7, 64, 79], [128, 22]])
-def test_chunks(kit: Any, model: Any, expected: tuple[Float32, Float32], cuts: list[int]) -> None:
+def test_chunks(
+    kit: Any, model: Any, expected: tuple[Float32, Float32], cache_dtype: str, cuts: list[int]
+) -> None:
     """Prefill whole or in pieces, down to one token a step."""
-    program = compile_model(kit, model)
+    program = compile_model(kit, model, cache_dtype=cache_dtype)
     done, hidden = 0, []
     for count in cuts:
         part = kit.Part(range(3, 13), done, count)
@@ -123,9 +139,11 @@ def test_chunks(kit: Any, model: Any, expected: tuple[Float32, Float32], cuts: l
     assert output.values["logits"][0].tobytes() == expected[0][0].tobytes()
 
 
-def test_neighbours(kit: Any, model: Any, expected: tuple[Float32, Float32]) -> None:
+def test_neighbours(
+    kit: Any, model: Any, expected: tuple[Float32, Float32], cache_dtype: str
+) -> None:
     """The prompt among other sequences, in pieces of changing size, on scattered blocks."""
-    program = compile_model(kit, model)
+    program = compile_model(kit, model, cache_dtype=cache_dtype)
     rng = np.random.default_rng(9)
     blocks = rng.permutation(128)
     owned = [list(map(int, blocks[i::8][:16])) for i in range(8)]
@@ -146,9 +164,13 @@ def test_neighbours(kit: Any, model: Any, expected: tuple[Float32, Float32]) -> 
     assert np.concatenate(hidden).tobytes() == expected[1].tobytes()
 
 
-def test_programs_side_by_side(kit: Any, model: Any, expected: tuple[Float32, Float32]) -> None:
+def test_programs_side_by_side(
+    kit: Any, model: Any, expected: tuple[Float32, Float32], cache_dtype: str
+) -> None:
     """Two Programs in one process share nothing; closing one leaves the other alive."""
-    first, second = compile_model(kit, model), compile_model(kit, model, num_threads=1)
+    first, second = (
+        compile_model(kit, model, num_threads=n, cache_dtype=cache_dtype) for n in (2, 1)
+    )
     run_whole(kit, first)
     assert run_whole(kit, second)[0].tobytes() == expected[0].tobytes()
     first.close()
@@ -161,12 +183,19 @@ def test_machine_has_a_fast_instruction_set() -> None:
     assert not _native.has_isa("mmx")
 
 
-def test_long_context(kit: Any, model: Any, isa: str) -> None:
+def test_long_context(kit: Any, model: Any, isa: str, cache_dtype: str) -> None:
     """Decoding over several segments of context: alone on many threads, on one, in a batch."""
     prompt = np.random.default_rng(4).integers(0, VOCAB, 1300)
     wanted: list[bytes] = []
     for num_threads, neighbours in ((1, 0), (2, 0), (6, 0), (2, 9)):
-        program = compile_model(kit, model, isa=isa, num_threads=num_threads, max_model_len=1400)
+        program = compile_model(
+            kit,
+            model,
+            isa=isa,
+            num_threads=num_threads,
+            max_model_len=1400,
+            cache_dtype=cache_dtype,
+        )
         blocks = list(range(100))
         for start in range(0, 1290, 258):
             part = kit.Part(blocks, start, 258)

@@ -140,6 +140,7 @@ def attention_graph(kit: Any, heads: int, kv_heads: int, head_dim: int, **more: 
     )
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
@@ -149,6 +150,7 @@ def test_attention(
     kit: Any,
     rng: np.random.Generator,
     isa: str,
+    cache_dtype: str,
     block_size: int,
     heads: int,
     kv_heads: int,
@@ -169,10 +171,13 @@ def test_attention(
             "v": random_input(rng, sum(counts), kv_heads * head_dim),
         }
         batches.append(kit.batch(parts, block_size, inputs=inputs))
-    options = kit.options(isa=isa, block_size=block_size, max_num_tokens=256)
+    options = kit.options(
+        isa=isa, block_size=block_size, max_num_tokens=256, cache_dtype=cache_dtype
+    )
     assert_close("attention", *kit.both(graph, {}, options, batches, len(blocks)))
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("block_size", [8, 16])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 256), (1, 1, 16)])
 @pytest.mark.parametrize("window", [1, 2, 17, 64, 100, 190, 1000])
@@ -180,6 +185,7 @@ def test_attention_in_a_window(
     kit: Any,
     rng: np.random.Generator,
     isa: str,
+    cache_dtype: str,
     block_size: int,
     heads: int,
     kv_heads: int,
@@ -198,16 +204,24 @@ def test_attention_in_a_window(
         part = kit.Part(range(256 // block_size), length, count)
         batches.append(kit.batch([part], block_size, inputs=inputs))
         length += count
-    options = kit.options(isa=isa, block_size=block_size, max_num_tokens=256)
+    options = kit.options(
+        isa=isa, block_size=block_size, max_num_tokens=256, cache_dtype=cache_dtype
+    )
     for last in range(len(batches)):
         outs = kit.both(graph, {}, options, batches[: last + 1], 256 // block_size)
         assert_close("attention", *outs)
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("soft_cap", [0.3, 5.0, 50.0])
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_with_a_soft_cap(
-    kit: Any, rng: np.random.Generator, isa: str, soft_cap: float, window: int | None
+    kit: Any,
+    rng: np.random.Generator,
+    isa: str,
+    cache_dtype: str,
+    soft_cap: float,
+    window: int | None,
 ) -> None:
     graph = attention_graph(kit, 4, 2, 32, soft_cap=soft_cap, window=window)
     inputs = {
@@ -216,16 +230,17 @@ def test_attention_with_a_soft_cap(
         "v": random_input(rng, 90, 64),
     }
     batch = kit.batch([kit.Part(range(6), 0, 90)], inputs=inputs)
-    options = kit.options(isa=isa, max_num_tokens=128)
+    options = kit.options(isa=isa, max_num_tokens=128, cache_dtype=cache_dtype)
     assert_close("attention", *kit.both(graph, {}, options, [batch], 6))
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp16", "int8"])
 def test_attention_never_reads_what_lies_before_the_window(
-    kit: Any, rng: np.random.Generator, isa: str
+    kit: Any, rng: np.random.Generator, isa: str, cache_dtype: str
 ) -> None:
     """NaN and infinity in K and V before it change no bit, in a tile, before it, in a segment."""
     graph = attention_graph(kit, 6, 2, 64, window=50)
-    options = kit.options(isa=isa, max_num_tokens=600, max_model_len=700)
+    options = kit.options(isa=isa, max_num_tokens=600, max_model_len=700, cache_dtype=cache_dtype)
     inputs = {
         "q": random_input(rng, 8, 384),
         "k": random_input(rng, 8, 128),
@@ -247,13 +262,16 @@ def test_attention_never_reads_what_lies_before_the_window(
         assert result.tobytes() == results[0].tobytes()
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("block_size", [8, 16, 64])
 def test_attention_never_reads_what_a_block_held_before(
-    kit: Any, rng: np.random.Generator, isa: str, block_size: int
+    kit: Any, rng: np.random.Generator, isa: str, cache_dtype: str, block_size: int
 ) -> None:
     """NaN and infinity left in every slot by another sequence change no bit."""
     graph = attention_graph(kit, 6, 2, 64)
-    options = kit.options(isa=isa, block_size=block_size, max_num_tokens=256)
+    options = kit.options(
+        isa=isa, block_size=block_size, max_num_tokens=256, cache_dtype=cache_dtype
+    )
     num_blocks = 192 // block_size
     inputs = {
         "q": random_input(rng, 77, 384),
@@ -305,10 +323,93 @@ def test_select_rows(kit: Any, rng: np.random.Generator, isa: str, rows: list[in
     assert_close("select_rows", *kit.both(graph, {}, kit.options(isa=isa), [batch]))
 
 
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
+def test_int8_cache_keeps_a_fault_visible(
+    kit: Any, rng: np.random.Generator, isa: str, name: str, fault: float
+) -> None:
+    """NaN or infinity in K or V makes what sees it NaN, and nothing before it."""
+    inputs = {
+        "q": random_input(rng, 40, 192),
+        "k": random_input(rng, 40, 64),
+        "v": random_input(rng, 40, 64),
+    }
+    inputs[name][20, 5] = fault
+    batch = kit.batch([kit.Part(range(8), 0, 40)], inputs=inputs)
+    options = kit.options(isa=isa, cache_dtype="int8")
+    with np.errstate(invalid="ignore"):
+        graph = attention_graph(kit, 6, 2, 32)
+        actual, expected = kit.both(graph, {}, options, [batch], 8)
+    is_nan = np.isnan(actual.reshape(40, 6, 32))
+    assert is_nan[20:, :3].all()
+    assert not is_nan[:20].any()
+    assert not is_nan[:, 3:].any(), "the other kv head"
+    assert np.isnan(expected).reshape(40, 6, 32)[20:, :3].all()
+
+
+def test_int8_cache_counts_tiny_numbers_as_zeros(
+    kit: Any, rng: np.random.Generator, isa: str
+) -> None:
+    """As the contract of Linear says; one number of K above the limit makes the head count."""
+    keys, values = np.zeros((4, 32), np.float32), random_input(rng, 4, 32)
+    keys[1], keys[2], keys[2, 7] = 2.0**-121, 2.0**-121, 2.0**-119
+    values[3] = -(2.0**-125)
+    inputs = {"q": np.full((4, 32), 2.0**115, np.float32), "k": keys, "v": values}
+    batch = kit.batch([kit.Part(range(8), 0, 4)], inputs=inputs)
+    options = kit.options(isa=isa, cache_dtype="int8")
+    actual, expected = kit.both(attention_graph(kit, 1, 1, 32), {}, options, [batch], 8)
+    assert_close("attention", actual, expected)
+    # The mean of two values: a score of the first token equals that of the second, whose key is 0.
+    assert np.abs(actual[1] - values[:2].mean(axis=0)).max() < 0.02
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("normed_heads", [False, True])
+def test_int8_cache_with_key_factors(
+    kit: Any, rng: np.random.Generator, isa: str, bias: bool, normed_heads: bool
+) -> None:
+    """Both backends find the same factors, and what they compute stays near a float32 cache."""
+    dim, inv_freq = 32, tuple(float(np.float32(50.0 ** (-i / 16))) for i in range(16))
+
+    def build(ops: Any) -> Any:
+        x = ops.rms_norm(ops.input("x", 96), "norm", 1e-6)
+        q = ops.rope(ops.linear(x, "q", 4 * dim), dim, inv_freq)
+        k = ops.linear(x, "k", 2 * dim, bias=bias)
+        if normed_heads:
+            k = ops.rms_norm(k, "k_norm", 1e-6)
+        k = ops.rope(k, dim, inv_freq)
+        v = ops.linear(x, "v", 2 * dim)
+        return ops.paged_attention(q, k, v, 0, head_dim=dim, scale=dim**-0.5)
+
+    graph = kit.graph(build)
+    uneven = np.exp(rng.normal(0, 2, 2 * dim))
+    weights = {
+        name: kit.dense(uneven[: shape[0]])
+        if len(shape) == 1
+        else kit.grouped(rng, *shape, 4, 32, True)
+        for name, shape in graph.weights.items()
+    }
+    weights["norm.weight"] = kit.dense(rng.normal(0.2, 0.02, 96))
+    batch = step(kit, x=random_input(rng, 60, 96))
+    outs = [
+        kit.both(graph, weights, kit.options(isa=isa, cache_dtype=dtype), [batch], 8)
+        for dtype in ("int8", "fp16")
+    ]
+    assert_close("attention", *outs[0])
+    rounding = np.abs(outs[0][1] - outs[1][1]).max() / np.abs(outs[1][1]).max()
+    assert 1e-4 < rounding < 0.06
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("window", [None, 700, 280, 5, 1307 - 1024])
 def test_attention_over_a_long_context(
-    kit: Any, rng: np.random.Generator, isa: str, threads: int, window: int | None
+    kit: Any,
+    rng: np.random.Generator,
+    isa: str,
+    threads: int,
+    cache_dtype: str,
+    window: int | None,
 ) -> None:
     """More than two segments (kernels.h), decoded one token a step, which threads share.
 
@@ -326,5 +427,11 @@ def test_attention_over_a_long_context(
         parts = [kit.Part(range(100), length, count)]
         batches.append(kit.batch(parts, inputs=inputs))
         length += count
-    options = kit.options(isa=isa, num_threads=threads, max_num_tokens=512, max_model_len=1600)
+    options = kit.options(
+        isa=isa,
+        num_threads=threads,
+        max_num_tokens=512,
+        max_model_len=1600,
+        cache_dtype=cache_dtype,
+    )
     assert_close("attention", *kit.both(graph, {}, options, batches, 100))

@@ -77,6 +77,7 @@ def test_taken_port(smollm2_path: Path) -> None:
         (["serve", "--prot", "8000"], ["--prot", "--port"]),
         (["serve", "--memory", "lots"], ["--memory", "4GiB"]),
         (["serve", "--block-size", "17"], ["--block-size", "16"]),
+        (["serve", "--kv-dtype", "int4"], ["--kv-dtype", "int8"]),
         (["serve", "--max-num-seqs", "0"], ["--max-num-seqs"]),
         (["serve", "--port", "70000"], ["--port"]),
         (["sevre"], ["serve"]),

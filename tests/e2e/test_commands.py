@@ -41,6 +41,8 @@ def test_plan(smollm2_path: Path) -> None:
     assert 90e6 < plan["weights_bytes"] < 100e6
     assert plan["context"] == 8192 and plan["fits"] is True
     assert "8,192" in octavo("plan", "smollm2")
+    int8 = json.loads(octavo("plan", "smollm2", "--json", "--memory", "1GiB", "--kv-dtype", "int8"))
+    assert int8["kv_bytes_per_token"] == 2 * 30 * 3 * (64 + 4)
 
 
 def test_plan_of_a_quantized_model(tiny_model_path: Path) -> None:

@@ -102,11 +102,10 @@ def answers_of(
         core.close()
 
 
-def alone(path: Path, requests: Sequence[EngineRequest]) -> Answers:
+def alone(path: Path, requests: Sequence[EngineRequest], **options: Any) -> Answers:
     """The yardstick: one request after the other, each prompt in one step."""
-    [answers], stats = answers_of(
-        path, requests, at_once=1, use_prefix_cache=False, max_num_batched_tokens=512
-    )
+    options = {"use_prefix_cache": False, "max_num_batched_tokens": 512, **options}
+    [answers], stats = answers_of(path, requests, at_once=1, **options)
     assert stats.num_preemptions == stats.cache.num_hits == 0
     return answers
 
@@ -218,6 +217,45 @@ def test_a_warm_prefix_cache_and_any_threads(
         tiny_path, tiny_requests, times=2, block_size=block_size, num_threads=threads
     )
     assert cold == warm == tiny_alone
+    assert stats.cache.num_hits > 0
+
+
+INT8_CASES = [
+    pytest.param(batch, chunk, block_size, threads, marks=[] if is_fast else [pytest.mark.slow])
+    for batch, chunk, block_size, threads, is_fast in (
+        (5, 37, 16, 2, True),
+        (1, 7, 16, 1, False),
+        (2, 1, 8, 2, False),
+        (7, 64, 32, 1, False),
+        (24, 256, 64, 2, False),
+        (16, 17, 8, 1, False),
+    )
+]
+
+
+@pytest.mark.parametrize(("batch", "chunk", "block_size", "threads"), INT8_CASES)
+def test_int8_cache(
+    tiny_path: Path,
+    tiny_requests: list[EngineRequest],
+    tiny_alone: Answers,
+    batch: int,
+    chunk: int,
+    block_size: int,
+    threads: int,
+) -> None:
+    expected = alone(tiny_path, tiny_requests, kv_dtype="int8")
+    assert expected != tiny_alone, "K and V are rounded in another way"
+    (cold, warm), stats = answers_of(
+        tiny_path,
+        tiny_requests,
+        times=2,
+        kv_dtype="int8",
+        max_num_seqs=batch,
+        max_num_batched_tokens=chunk,
+        block_size=block_size,
+        num_threads=threads,
+    )
+    assert cold == warm == expected
     assert stats.cache.num_hits > 0
 
 

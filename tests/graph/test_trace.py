@@ -61,7 +61,8 @@ def test_prints_a_line_a_node() -> None:
 def test_cache_group_tells_what_a_token_costs() -> None:
     (group,) = small_graph().cache_groups
     assert (group.name, group.layers, group.num_kv_heads, group.head_dim) == ("full", (0, 1), 1, 4)
-    assert group.bytes_per_token(2) == 2 * 2 * 1 * 4 * 2
+    assert group.bytes_per_token("fp16") == 2 * 2 * 1 * 4 * 2
+    assert group.bytes_per_token("int8") == 2 * 2 * 1 * (4 + 4)
     ops = Ops()
     assert ops.finish(y=ops.input("x", 4)).cache_groups == ()
 

@@ -18,7 +18,7 @@ TEXT = Path(__file__).with_name("text.txt")
 NUM_POSITIONS = 2000
 CHUNK = 200
 
-EXACT = {"round_activations": False, "cache_dtype": "f32"}
+EXACT = {"round_activations": False, "cache_dtype": "fp32"}
 
 PROMPTS = (
     "The capital of France is",
@@ -101,6 +101,22 @@ def test_cpu_stays_close_to_unrounded_activations(
     assert found.kl <= 4e-3
     assert found.same_top_share >= 0.96
     assert abs(found.perplexity_change) <= 0.005
+
+
+def test_int8_cache_stays_close_to_fp16(
+    quality: ModuleType, loaded: tuple[Any, Any], token_ids: list[int]
+) -> None:
+    """Everything else unrounded: rounding activations moves the logits more than the cache."""
+    sizes = {"max_len": NUM_POSITIONS, "max_tokens": CHUNK, "round_activations": False}
+    streams = {
+        dtype: quality.Stream.compile("reference", *loaded, **sizes, cache_dtype=dtype).chunks(
+            token_ids, CHUNK
+        )
+        for dtype in ("fp16", "int8")
+    }
+    found = quality.compare(streams, [("fp16", "int8")], token_ids)["fp16", "int8"]
+    assert 1e-7 < found.kl <= 1e-3
+    assert abs(found.perplexity_change) <= 0.002
 
 
 def test_greedy_text_agrees_to_the_first_tie(

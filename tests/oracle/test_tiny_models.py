@@ -98,7 +98,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # |logits| reach about 10. The CPU backend keeps K and V in float16.
 TOLERANCES = {"reference": 1e-4, "cpu": 3e-2}
-BACKENDS = {"reference": {"cache_dtype": "f32"}, "cpu": {}}
+BACKENDS = {"reference": {"cache_dtype": "fp32"}, "cpu": {}}
 
 
 def make_oracle(case: str, seed: int = 5) -> Any:
@@ -179,7 +179,7 @@ def test_half_precision_folder(dtype: torch.dtype, quality: ModuleType, tmp_path
     make_oracle("qwen2").to(dtype).save_pretrained(tmp_path)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     model, weights = quality.load(tmp_path)
-    stream = quality.Stream.compile("reference", model, weights, max_len=64, cache_dtype="f32")
+    stream = quality.Stream.compile("reference", model, weights, max_len=64, cache_dtype="fp32")
     ids = random_ids(50)
     expected = oracle_logits(oracle, ids)
     np.testing.assert_allclose(stream.logits([(0, ids)]), expected, atol=1e-4, rtol=0)
@@ -298,7 +298,7 @@ def test_gguf_logits(
     model, weights = quality.load(tmp_path / "tiny.gguf")
     assert model.architecture == CASES[case][0]
     assert model.num_parameters == sum(p.numel() for p in oracle.parameters())
-    stream = quality.Stream.compile("reference", model, weights, max_len=128, cache_dtype="f32")
+    stream = quality.Stream.compile("reference", model, weights, max_len=128, cache_dtype="fp32")
     ids = random_ids(100)
     expected = oracle_logits(oracle, ids)
     np.testing.assert_allclose(stream.logits([(0, ids)]), expected, atol=1e-4, rtol=0)

@@ -50,6 +50,20 @@ def test_load_reports_phases_and_numbers(tiny_model_path: Path) -> None:
     loaded.program.close()
 
 
+def test_an_int8_cache_holds_more_tokens(tiny_model_path: Path) -> None:
+    settings = {"memory_bytes": 100 * TOKEN_BYTES, "kv_dtype": "int8"}
+    loaded = load(config(tiny_model_path, **settings), silent)
+    token_bytes = 2 * 2 * 2 * (16 + 4)  # K and V, layers, heads, head_dim and a float32 scale
+    assert loaded.program.block_bytes() == 16 * token_bytes
+    assert loaded.num_blocks == 100 * TOKEN_BYTES // (16 * token_bytes) > 6
+    assert loaded.max_model_len == 16 * loaded.num_blocks
+
+
+def test_an_unknown_kv_dtype_is_refused(tiny_model_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--kv-dtype must be fp16 or int8, not fp8"):
+        config(tiny_model_path, kv_dtype="fp8").validate()
+
+
 def test_the_context_is_cut_to_the_memory(tiny_model_path: Path) -> None:
     loaded = load(config(tiny_model_path, memory_bytes=100 * TOKEN_BYTES), silent)
     assert loaded.num_blocks == 6

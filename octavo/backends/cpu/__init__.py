@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from octavo.backends.cpu import _native
 from octavo.backends.cpu.lowering import lower
 from octavo.backends.cpu.packing import add_matrix, add_vector
 from octavo.backends.cpu.program import CpuProgram
+from octavo.backends.key_scaling import key_factors
 from octavo.backends.program import CompileOptions, Progress
 from octavo.errors import KernelError
+from octavo.graph import ops as op
 from octavo.graph.tensors import GroupedTensor, StoredTensor
 from octavo.graph.trace import Graph
 
@@ -46,11 +50,27 @@ def compile(
             options.max_num_tokens,
             options.max_num_rows,
             options.max_model_len,
+            options.cache_dtype,
         )
     except ValueError as error:
         raise KernelError(str(error)) from None
     numbers, groups = _pack(native, graph, weights, progress)
-    return CpuProgram(native, graph, lower(graph, groups, options), options, numbers)
+    factors = _add_factors(native, graph, weights) if options.cache_dtype == "int8" else {}
+    plan = lower(graph, groups, options)
+    return CpuProgram(native, graph, plan, options, numbers, factors)
+
+
+def _add_factors(
+    native: _native.Program, graph: Graph, weights: Mapping[str, StoredTensor]
+) -> dict[op.PagedAttention, tuple[int, int]]:
+    """The native numbers of each attention's key factors and of their inverses."""
+    return {
+        operator: (
+            native.add_vector(factors.ravel()),
+            native.add_vector(np.float32(1) / factors.ravel()),
+        )
+        for operator, factors in key_factors(graph, weights).items()
+    }
 
 
 def _pack(

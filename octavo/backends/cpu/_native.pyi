@@ -33,6 +33,7 @@ class Program:
         max_num_tokens: int,
         max_num_rows: int,
         max_model_len: int,
+        kv_dtype: str,
     ) -> None: ...
     def add_grouped(
         self,
@@ -60,6 +61,8 @@ class Program:
         scale: float,
         window: int,
         soft_cap: float,
+        factors: int,
+        inverses: int,
     ) -> int: ...
     def add_quantized(
         self, codes: int, scales: int, sums: int, scaled_sums: int, features: int, group: int
@@ -70,7 +73,7 @@ class Program:
     ) -> None: ...
     def add_attention_stage(self, cache: int, query: int, out: int) -> None: ...
     def finish(self, arena_bytes: int, logits: int, vocab: int) -> None: ...
-    def allocate_cache(self, num_layers: int, num_blocks: int, block_elements: int) -> None: ...
+    def allocate_cache(self, num_layers: int, num_blocks: int) -> None: ...
     def run(
         self,
         batch: Batch,

@@ -132,9 +132,7 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def quantized_places(
-    place: int, rows: int, features: int, group: int
-) -> tuple[int, int, int, int]:
+def quantized_places(place: int, rows: int, features: int, group: int) -> tuple[int, int, int, int]:
     """Byte offsets of codes, scales, sums and scaled sums of a value that begins at `place`."""
     stride = rows | 1  # csrc/kernels.h, quantized_stride
     scales = place + align(stride * features)

@@ -6,6 +6,7 @@ Knows arrays and plans; the arithmetic is in csrc/.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,8 +26,6 @@ from octavo.graph import ops as op
 from octavo.graph.batch import Batch, Float32, SamplingRows, StepOutput
 from octavo.graph.trace import Graph
 
-_CACHE_ELEMENT_BYTES = 2
-
 
 class CpuProgram:
     """See backends.program.Program."""
@@ -38,8 +37,18 @@ class CpuProgram:
         plan: Plan,
         options: CompileOptions,
         weights: Mapping[str, int],
+        factors: Mapping[op.PagedAttention, tuple[int, int]],
     ) -> None:
-        """Lower the plan into the native program; `weights` are the native numbers by name."""
+        """Lower the plan into the native program.
+
+        Args:
+            native: has the weights already.
+            graph: what to compute.
+            plan: the graph lowered.
+            options: what it was lowered for.
+            weights: native numbers by name.
+            factors: native numbers of the key factors and their inverses, for an int8 cache.
+        """
         self._native: _native.Program | None = native
         self._graph = graph
         self._plan = plan
@@ -50,7 +59,7 @@ class CpuProgram:
             for n in graph.nodes
             if isinstance(n.operator, op.Input)
         ]
-        _Builder(native, graph, plan, options, weights, self._inputs).build()
+        _Builder(native, graph, plan, options, _Numbers(weights, factors), self._inputs).build()
 
     @property
     def description(self) -> str:
@@ -66,15 +75,14 @@ class CpuProgram:
         """Bytes of one KV block over all layers."""
         groups = self._graph.cache_groups
         return self._options.block_size * sum(
-            g.bytes_per_token(_CACHE_ELEMENT_BYTES) for g in groups
+            g.bytes_per_token(self._options.cache_dtype) for g in groups
         )
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Map the KV pool; every block reads as zero."""
         for group in self._graph.cache_groups:
-            elements = group.num_kv_heads * group.head_dim * self._options.block_size
             try:
-                self._alive().allocate_cache(len(group.layers), num_blocks, elements)
+                self._alive().allocate_cache(len(group.layers), num_blocks)
             except ValueError as error:
                 raise KernelError(str(error)) from None
 
@@ -126,6 +134,14 @@ class CpuProgram:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """What the native side calls the vectors and matrices that it holds."""
+
+    weights: Mapping[str, int]
+    factors: Mapping[op.PagedAttention, tuple[int, int]]
+
+
 class _Builder:
     """Turns the plan's records into calls of the native program."""
 
@@ -135,14 +151,15 @@ class _Builder:
         graph: Graph,
         plan: Plan,
         options: CompileOptions,
-        weights: Mapping[str, int],
+        numbers: _Numbers,
         inputs: list[tuple[str, int]],
     ) -> None:
         self._native = native
         self._graph = graph
         self._plan = plan
         self._options = options
-        self._weights = weights
+        self._weights = numbers.weights
+        self._factors = numbers.factors
         self._input_numbers = {name: number for number, (name, _) in enumerate(inputs)}
         self._layers = {
             layer: number
@@ -231,5 +248,6 @@ class _Builder:
                 # A window as long as the context hides nothing.
                 self._options.max_model_len if operator.window is None else operator.window,
                 0.0 if operator.soft_cap is None else operator.soft_cap,
+                *self._factors.get(operator, (-1, -1)),
             )
         return self._caches[operator]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.graph import ops as op
 from octavo.graph.batch import Float32, Int32

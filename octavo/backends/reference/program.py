@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from octavo.backends.key_scaling import key_factors
 from octavo.backends.program import CompileOptions, Progress
 from octavo.backends.reference import operators
 from octavo.backends.reference.cache import PagedCache
@@ -38,6 +39,7 @@ class _Weights:
     embeddings: Mapping[str, StoredTensor]
     dense: Mapping[str, Float32]
     rounded: Mapping[str, operators.RoundedLinear]
+    key_factors: Mapping[op.PagedAttention, Float32]
 
 
 def compile(
@@ -93,7 +95,8 @@ def _prepare(
                     dense[bias] = weights[bias].dequantize()
         if progress is not None:
             progress(done / len(graph.nodes))
-    return _Weights(embeddings, dense, rounded)
+    factors = key_factors(graph, weights) if options.cache_dtype == "int8" else {}
+    return _Weights(embeddings, dense, rounded, factors)
 
 
 class ReferenceProgram:
@@ -104,7 +107,6 @@ class ReferenceProgram:
         self._graph = graph
         self._weights: _Weights | None = weights
         self._options = options
-        self._cache_dtype = np.float16 if options.cache_dtype == "f16" else np.float32
         self._caches: tuple[PagedCache, ...] | None = None
         self._last_use = {i: index for index, n in enumerate(graph.nodes) for i in n.inputs}
         self._group_of = {
@@ -129,16 +131,17 @@ class ReferenceProgram:
 
     def block_bytes(self) -> int:
         """Bytes of one KV block over all layers."""
-        size = np.dtype(self._cache_dtype).itemsize
         groups = self._graph.cache_groups
-        return self._options.block_size * sum(g.bytes_per_token(size) for g in groups)
+        return self._options.block_size * sum(
+            g.bytes_per_token(self._options.cache_dtype) for g in groups
+        )
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Make the KV pool."""
         if self._caches is not None:
             raise KernelError("the cache is allocated once")
         self._caches = tuple(
-            PagedCache(g, num_blocks, self._options.block_size, self._cache_dtype)
+            PagedCache(g, num_blocks, self._options.block_size, self._options.cache_dtype)
             for g in self._graph.cache_groups
         )
 
@@ -211,6 +214,10 @@ class ReferenceProgram:
     def _attend(self, operator: op.PagedAttention, inputs: list[Float32], batch: Batch) -> Float32:
         assert self._caches is not None
         query, keys, values = inputs
+        factors = self._alive().key_factors.get(operator)
+        if factors is not None:
+            keys = keys * (np.float32(1) / factors.ravel())
+            query = query * factors.repeat(operator.num_heads // operator.num_kv_heads, 0).ravel()
         group = self._group_of[operator.layer]
         cache = self._caches[group]
         cache.write(operator.layer, batch.slot_mapping[group], keys, values)

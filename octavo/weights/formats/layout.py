@@ -31,7 +31,7 @@ class PlaneLayout:
 
 @dataclass(frozen=True, slots=True)
 class ScaleLayout:
-    """Where scales or minimums lie: a float16 at byte `start`, times small factors if there are any.
+    """Where scales or minimums lie: a float16 at byte `start`, perhaps times small factors.
 
     The rest as in BlockScales.
     """

@@ -250,7 +250,7 @@ def test_attention_over_scattered_blocks_equals_dense_softmax(
     heads, block_size = kv_heads * share, 8
     graph = attention_graph(heads, kv_heads, head_dim, 0.3)
     program = reference.compile(
-        graph, {}, options(cache_dtype="f32", max_num_tokens=200, block_size=block_size)
+        graph, {}, options(cache_dtype="fp32", max_num_tokens=200, block_size=block_size)
     )
     program.allocate_cache(40)
     table = random.permutation(40)[: len(lengths) * 5].reshape(len(lengths), 5)
@@ -302,7 +302,7 @@ def test_window_and_soft_cap_written_out(window: int | None, soft_cap: float | N
         slot_mapping=(np.arange(8, dtype=np.int32),),
         inputs=inputs,
     )
-    got = run(ops.finish(y=y), {}, batch, cache_dtype="f32")
+    got = run(ops.finish(y=y), {}, batch, cache_dtype="fp32")
     for t in range(8):
         total, sums = 0.0, np.zeros(4)
         for at in range(0 if window is None else max(0, t - window + 1), t + 1):
