@@ -386,7 +386,7 @@ def test_int8_cache_with_key_factors(
     weights = {
         name: kit.dense(uneven[: shape[0]])
         if len(shape) == 1
-        else kit.grouped(rng, *shape, 4, 32, True)
+        else kit.grouped(rng, *shape, 4, 32, minimums=True)
         for name, shape in graph.weights.items()
     }
     weights["norm.weight"] = kit.dense(rng.normal(0.2, 0.02, 96))

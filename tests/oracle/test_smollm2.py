@@ -103,6 +103,7 @@ def test_cpu_stays_close_to_unrounded_activations(
     assert abs(found.perplexity_change) <= 0.005
 
 
+@pytest.mark.slow
 def test_int8_cache_stays_close_to_fp16(
     quality: ModuleType, loaded: tuple[Any, Any], token_ids: list[int]
 ) -> None:
