@@ -152,7 +152,7 @@ OCTAVO_INLINE void multiply_group(const uint8_t* unit, const int8_t* x, i32x16 (
   for_each<kSteps / kSpan>([&](auto span) OCTAVO_INLINE_LAMBDA {
     constexpr int kBegin = decltype(span)::value * kSpan;
     const auto take = [&](int i, int v, sums sum) OCTAVO_INLINE_LAMBDA {
-      totals[i][v] = kBegin == 0 ? last_sums(sum) : totals[i][v] + last_sums(sum);
+      totals[i][v] = kBegin == 0 ? last_sums(sum) : add_sums(totals[i][v], sum);
     };
     if constexpr (kSpan <= 2) {
       u8x64 w[kSpan][kVectors];
@@ -228,16 +228,25 @@ void grouped_tile(const GroupedPanel& panel, int64_t column, const QuantizedRows
         OCTAVO_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           const f32x16 scale = load_scales(panel, block, groups_of_block, in_block + kPart, 0, column + v * kLanes);
-          OCTAVO_UNROLL
-          for (int i = 0; i < kRows; ++i) {
-            f32x16 sum = to_f32(totals[i][v]);
-            if (panel.shift != 0.0f) sum = fma(set1(panel.shift), set1(rows.sums[at + i]), sum);
-            c[i][v] = fma(sum, scale * set1(rows.scales[at + i]), c[i][v]);
-          }
-          if (panel.has_minimums) {
-            const f32x16 minimum = load_scales(panel, block, groups_of_block, in_block + kPart, 1, column + v * kLanes);
+          const auto add_rows = [&](auto with_minimums) OCTAVO_INLINE_LAMBDA {
+            f32x16 minimum = scale;
+            if constexpr (decltype(with_minimums)::value) {
+              minimum = load_scales(panel, block, groups_of_block, in_block + kPart, 1, column + v * kLanes);
+            }
             OCTAVO_UNROLL
-            for (int i = 0; i < kRows; ++i) c[i][v] = fma(minimum, set1(rows.scaled_sums[at + i]), c[i][v]);
+            for (int i = 0; i < kRows; ++i) {
+              f32x16 sum = to_f32(totals[i][v]);
+              if (panel.shift != 0.0f) sum = fma(set1(panel.shift), set1(rows.sums[at + i]), sum);
+              c[i][v] = fma(sum, scale * set1(rows.scales[at + i]), c[i][v]);
+              if constexpr (decltype(with_minimums)::value) {
+                c[i][v] = fma(minimum, set1(rows.scaled_sums[at + i]), c[i][v]);
+              }
+            }
+          };
+          if (panel.has_minimums) {
+            add_rows(Int<1>());
+          } else {
+            add_rows(Int<0>());
           }
         }
       });

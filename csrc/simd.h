@@ -377,7 +377,8 @@ template <int kFrom, int kTo, int kMask>
 OCTAVO_INLINE u8x64 move_bits(u8x64 a) {
   if constexpr (kFrom > kTo) a = {_mm256_srli_epi16(a.lo, kFrom - kTo), _mm256_srli_epi16(a.hi, kFrom - kTo)};
   if constexpr (kFrom < kTo) a = {_mm256_slli_epi16(a.lo, kTo - kFrom), _mm256_slli_epi16(a.hi, kTo - kFrom)};
-  const __m256i mask = _mm256_set1_epi8(kMask << kTo);
+  __m256i mask = _mm256_set1_epi8(kMask << kTo);
+  asm volatile("" : "+x"(mask));  // not kept in a register meanwhile: the sums need them all
   return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
 }
 OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
@@ -431,6 +432,12 @@ constexpr int32_t kBytesZero = 128;
 struct sums {
   __m256i lo, hi;  // 16 bits
 };
+// Computed here and now: GCC would put sums off and keep dozens of products in memory.
+template <typename T>
+OCTAVO_INLINE T keep(T a) {
+  asm volatile("" : "+x"(a.lo), "+x"(a.hi));
+  return a;
+}
 OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) {
   const u8x64 a = load_u8(p);
   const __m256i top = _mm256_set1_epi8(static_cast<char>(-128));
@@ -443,16 +450,15 @@ OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
     return {_mm256_maddubs_epi16(_mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
             _mm256_maddubs_epi16(_mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
   } else {
-    acc.lo = _mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo));
-    acc.hi = _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi));
-    asm volatile("" : "+x"(acc.lo), "+x"(acc.hi));  // GCC would put the sums off and keep a dozen products in memory
-    return acc;
+    return keep(sums{_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
+                     _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))});
   }
 }
 OCTAVO_INLINE i32x16 last_sums(sums acc) {
   const __m256i ones = _mm256_set1_epi16(1);
   return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
 }
+OCTAVO_INLINE i32x16 add_sums(i32x16 total, sums acc) { return keep(total + last_sums(acc)); }
 
 #else
 
@@ -467,6 +473,7 @@ OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
   return dot(acc, w, x);
 }
 OCTAVO_INLINE i32x16 last_sums(sums acc) { return acc; }
+OCTAVO_INLINE i32x16 add_sums(i32x16 total, sums acc) { return total + acc; }
 #endif
 
 // ---- written once over the above ----------------------------------------------------------------------------------

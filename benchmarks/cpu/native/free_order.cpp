@@ -76,23 +76,23 @@ void tile(const Weights& w, const Rows& x, int64_t groups, float* out, int64_t s
     _Pragma("GCC unroll 4") for (int s = 0; s < kChains; ++s) {
       const int64_t g = first + s;
       if (g >= groups) break;
-      nibble_sums sums[kRows][2];
-      for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = start_nibbles(0);
+      sums total[kRows][2];
+      for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = no_sums();
       const uint8_t* codes = w.codes + g * (kGroup / 4) * 64;
       _Pragma("GCC unroll 8") for (int q = 0; q < kGroup / 4; ++q) {
         __builtin_prefetch(codes + q * 64 + kAhead);
-        const u8x64 packed = load_u8(codes + q * 64), low = low_nibbles(packed), high = high_nibbles(packed);
+        const u8x64 packed = load_u8(codes + q * 64), low = move_bits<0, 0, 15>(packed), high = move_bits<4, 0, 15>(packed);
         _Pragma("GCC unroll 8") for (int i = 0; i < kRows; ++i) {
           const u8x64 four = broadcast_x4(x.codes + i * k + g * kGroup + 4 * q);
-          sums[i][0] = dot_nibbles(sums[i][0], low, four);
-          sums[i][1] = dot_nibbles(sums[i][1], high, four);
+          total[i][0] = add_products<4>(total[i][0], low, four);
+          total[i][1] = add_products<4>(total[i][1], high, four);
         }
       }
       _Pragma("GCC unroll 2") for (int h = 0; h < 2; ++h) {
         const f32x16 scale = load_f16(w.scales + g * kColumns + h * kLanes);
         const f32x16 minimum = load_f16(w.minimums + g * kColumns + h * kLanes);
         _Pragma("GCC unroll 8") for (int i = 0; i < kRows; ++i) {
-          const f32x16 sum = to_f32(end_nibbles(sums[i][h], 0));
+          const f32x16 sum = to_f32(last_sums(total[i][h]));
           c[s][i][h] = fma(sum, scale * set1(x.scales[i * groups + g]), c[s][i][h]);
           c[s][i][h] = fma(minimum, set1(x.sums[i * groups + g]), c[s][i][h]);
         }
