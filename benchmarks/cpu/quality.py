@@ -322,12 +322,11 @@ def _rope_parameters(rope: Any) -> dict[str, object]:
 def transformers_chunks(oracle: Any, token_ids: Sequence[int], chunk: int) -> Iterator[Float32]:
     """The logits of one text from transformers, chunk after chunk through its own cache."""
     torch: Any = importlib.import_module("torch")
-    cache = None
+    cache: Any = importlib.import_module("transformers").DynamicCache(config=oracle.config)
     for start in range(0, len(token_ids), chunk):
         ids = torch.tensor([list(token_ids[start : start + chunk])])
         with torch.no_grad():
-            out = oracle(ids, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+            out = oracle(ids, cache=cache, use_cache=True)
         yield out.logits[0].numpy()
 
 
