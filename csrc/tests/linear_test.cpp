@@ -111,7 +111,6 @@ struct Buffer {
 };
 
 // ---- a grouped weight as a file may store it
-// -------------------------------------------------------------------------
 
 struct StoredPlane {
   std::vector<uint8_t> data;
@@ -241,7 +240,6 @@ GroupedView view_of(const Stored& w) {
 }
 
 // ---- the contract, naively
-// -------------------------------------------------------------------------------------------
 
 struct Rounded {
   std::vector<int> codes, sums;
@@ -299,7 +297,6 @@ struct QuantizedBuffers {
 };
 
 // ---- one weight on one instruction set
-// -------------------------------------------------------------------------------
 
 struct Case {
   const Isa* isa;
@@ -415,13 +412,8 @@ void check_grouped(Stored w, const std::string& name, const std::vector<int>& co
   }
   for (const Isa& isa : isas()) {
     check_quantize(isa, name, x, rounded, most + 4, w.k, w.k, w.group);
-    check_rows({&isa,
-                &packed,
-                name,
-                {},
-                false,
-                [&](int64_t row, int64_t column) { return products[static_cast<size_t>(row * w.n + column)]; }},
-               x, counts);
+    const auto expected = [&](int64_t row, int64_t column) { return products[static_cast<size_t>(row * w.n + column)]; };
+    check_rows({&isa, &packed, name, {}, false, expected}, x, counts);
     std::vector<float> out(static_cast<size_t>(w.k));
     for (int64_t row = 0; row < w.n; ++row) {
       isa.embed_row(&packed, row, out.data());
@@ -439,7 +431,6 @@ void check_grouped(Stored w, const std::string& name, const std::vector<int>& co
 }
 
 // ---- the cases
-// -------------------------------------------------------------------------------------------------------
 
 const std::vector<int> kFewCounts = {1, 2, 3, 4, 5, 7, 13};
 const std::vector<int> kAllCounts = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 64, 97};
@@ -462,10 +453,9 @@ void test_every_width() {
           w.planes.push_back(store_plane(w, two_level ? 32 : group, 1, bits - 1,
                                          variant % 2 == 0 ? Order::kPairs : Order::kHalves, bits == 5 ? 0xff : 0, 1));
         }
-        check_grouped(
-            w,
-            "bits " + std::to_string(bits) + " group " + std::to_string(group) + " variant " + std::to_string(variant),
-            kFewCounts);
+        const std::string name =
+            "bits " + std::to_string(bits) + " group " + std::to_string(group) + " variant " + std::to_string(variant);
+        check_grouped(w, name, kFewCounts);
       }
     }
   }
@@ -533,13 +523,8 @@ void test_dense() {
       }
     }
     for (const Isa& isa : isas()) {
-      check_rows({&isa,
-                  &packed,
-                  name,
-                  {},
-                  false,
-                  [&](int64_t row, int64_t column) { return products[static_cast<size_t>(row * n + column)]; }},
-                 x, kAllCounts);
+      const auto expected = [&](int64_t row, int64_t column) { return products[static_cast<size_t>(row * n + column)]; };
+      check_rows({&isa, &packed, name, {}, false, expected}, x, kAllCounts);
       std::vector<float> out(static_cast<size_t>(k));
       for (int64_t row = 0; row < n; ++row) {
         isa.embed_row(&packed, row, out.data());
