@@ -102,6 +102,7 @@ def test_quantization_makes_smaller_weights(
     tiny_model_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, looked_up = [], []
+    seen: list[float] = []
     original = quantization.QuantizedWeights.__getitem__
 
     def spy(weights: quantization.QuantizedWeights, name: str) -> StoredTensor:
@@ -111,10 +112,10 @@ def test_quantization_makes_smaller_weights(
     monkeypatch.setattr(quantization.QuantizedWeights, "__getitem__", spy)
     for name in (None, "int8", "int4"):
         looked_up.clear()
-        seen: list[float] = []
+        seen.clear()
         loaded = load(
             config(tiny_model_path, backend=backend, quantization=name),
-            lambda phase, fraction, seen=seen: seen.append(fraction),  # type: ignore[misc]
+            lambda phase, fraction: seen.append(fraction),
         )
         sizes.append(loaded.program.weights_bytes)
         loaded.program.close()
