@@ -50,7 +50,7 @@ static inline GroupedLayout layout_of(const PackedWeight& w) {
 struct QuantizedRows {
   int8_t* codes;       // [k / group][stride][group]
   float* scales;       // [k / group][stride]
-  float* sums;         // [k / group][stride], sum of the codes of the group: a whole number
+  int16_t* sums;       // [k / group][stride][2], sums of the group's codes with k % 4 < 2 and of the others
   float* scaled_sums;  // [k / group][stride], scale * sum rounded once
   int64_t stride;      // at least the rows, see quantized_stride
 };

@@ -1,8 +1,8 @@
 // Rows of float32 rounded to int8 a group of 16 or 32 columns, the left operand of grouped weights (graph/ops.py,
 // Linear).
 //
-// For each group: scale = max|x| / 127, code = round-half-even(x * (127 / max|x|)), sum = the sum of the codes, and
-// scale * sum. A first
+// For each group: scale = max|x| / 127, code = round-half-even(x * (127 / max|x|)), the sum of the codes in two halves (AVX2 wants
+// them: simd.h), and scale * sum. A first
 // pass over sixteen groups finds the maxima, the divisions then take sixteen groups at once, a second pass rounds: x is
 // in L1 by then. max|x| is taken over the bits of |x| as integers, which order like the numbers and put NaN above
 // infinity, so a NaN in the group makes its scale NaN, and infinity makes the scale infinite with all codes 0: either
@@ -44,10 +44,13 @@ void quantize_groups(const float* x, int64_t groups, int64_t row, const Quantize
         store_low_bytes(out.codes + at * kGroup + v * kLanes, rounded);
         sum = sum + ((rounded + set1_i32(128)) & set1_i32(255));  // code + 128, also of what was NaN
       }
-      const auto whole = static_cast<float>(hsum_i32(sum) - 128 * static_cast<int32_t>(kGroup));
+      int32_t pair[2];
+      hsum_pairs(sum, pair);
+      for (int i = 0; i < 2; ++i) pair[i] -= 64 * static_cast<int32_t>(kGroup);
       out.scales[at] = scales[g];
-      out.sums[at] = whole;
-      out.scaled_sums[at] = scales[g] * whole;
+      out.sums[2 * at] = static_cast<int16_t>(pair[0]);
+      out.sums[2 * at + 1] = static_cast<int16_t>(pair[1]);
+      out.scaled_sums[at] = scales[g] * static_cast<float>(pair[0] + pair[1]);
     }
   }
 }

@@ -88,8 +88,9 @@ void Program::run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t st
 
 QuantizedRows Program::quantized_rows(int id, int64_t rows) {
   const QuantizedPlace& place = quantized_[static_cast<size_t>(id)];
-  return {reinterpret_cast<int8_t*>(arena_.data() + place.codes), at(place.scales), at(place.sums), at(place.scaled_sums),
-          quantized_stride(rows)};
+  uint8_t* arena = arena_.data();
+  return {reinterpret_cast<int8_t*>(arena + place.codes), at(place.scales), reinterpret_cast<int16_t*>(arena + place.sums),
+          at(place.scaled_sums), quantized_stride(rows)};
 }
 
 void Program::run_linear(const Stage& stage, int64_t begin, int64_t end) {

@@ -342,144 +342,10 @@ OCTAVO_INLINE void store_low_bytes(int8_t* p, i32x16 a) {
 
 #endif
 
-// ---- four bytes a lane: the arithmetic of grouped weights -----------------------------------------------------------
-// move_bits<from, to, mask>(a): the bits of every byte that lie at `from`, moved to `to`; broadcast_x4 puts the same four int8 x,
-// within +-127, in every lane. The sum of products over steps of four k's, code_w * code_x, begins with no_sums(), takes
-// add_products<bits>(sums, w, x) at most kMostSteps<bits> times, and last_sums(sums) gives it as int32. VNNI adds to int32 at
-// once; AVX2 keeps sums in 16 bits meanwhile, where u8 * s8 pairs may reach 2 * (2**bits - 1) * 127 a step. Codes of 8 bits count
-// from kBytesZero: 128 on AVX2, which multiplies |code - 128| by x with the sign moved onto it.
-
-#if defined(OCTAVO_ISA_AVX512)
-
-OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-OCTAVO_INLINE u8x64 operator|(u8x64 a, u8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
-template <int kFrom, int kTo, int kMask>
-OCTAVO_INLINE u8x64 move_bits(u8x64 a) {
-  if constexpr (kFrom > kTo) a.v = _mm512_srli_epi16(a.v, kFrom - kTo);
-  if constexpr (kFrom < kTo) a.v = _mm512_slli_epi16(a.v, kTo - kFrom);
-  return {_mm512_and_si512(a.v, _mm512_set1_epi8(kMask << kTo))};
-}
-OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
-  int32_t four;
-  memcpy(&four, p, sizeof four);
-  return {_mm512_set1_epi32(four)};
-}
-OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
-
-#elif defined(OCTAVO_ISA_AVX2)
-
-OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
-}
-OCTAVO_INLINE u8x64 operator|(u8x64 a, u8x64 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
-template <int kFrom, int kTo, int kMask>
-OCTAVO_INLINE u8x64 move_bits(u8x64 a) {
-  if constexpr (kFrom > kTo) a = {_mm256_srli_epi16(a.lo, kFrom - kTo), _mm256_srli_epi16(a.hi, kFrom - kTo)};
-  if constexpr (kFrom < kTo) a = {_mm256_slli_epi16(a.lo, kTo - kFrom), _mm256_slli_epi16(a.hi, kTo - kFrom)};
-  __m256i mask = _mm256_set1_epi8(kMask << kTo);
-  asm volatile("" : "+x"(mask));  // not kept in a register meanwhile: the sums need them all
-  return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
-}
-OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
-  int32_t four;
-  memcpy(&four, p, sizeof four);
-  const __m256i all = _mm256_set1_epi32(four);
-  return {all, all};
-}
-#if defined(OCTAVO_ISA_AVXVNNI)
-OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) {
-  return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, x.lo), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, x.hi)};
-}
-#endif
-
-#else
-
-OCTAVO_INLINE u8x64 load_u8(const uint8_t* p) {
-  u8x64 result;
-  memcpy(result.v, p, sizeof result.v);
-  return result;
-}
-OCTAVO_INLINE u8x64 operator|(u8x64 a, u8x64 b) {
-  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(a.v[i] | b.v[i]);
-  return a;
-}
-template <int kFrom, int kTo, int kMask>
-OCTAVO_INLINE u8x64 move_bits(u8x64 a) {
-  OCTAVO_EACH(64) a.v[i] = static_cast<uint8_t>(((a.v[i] >> kFrom) & kMask) << kTo);
-  return a;
-}
-OCTAVO_INLINE u8x64 broadcast_x4(const int8_t* p) {
-  u8x64 result;
-  OCTAVO_EACH(64) result.v[i] = static_cast<uint8_t>(p[i & 3]);
-  return result;
-}
-OCTAVO_INLINE i32x16 dot(i32x16 acc, u8x64 w, u8x64 x) {
-  OCTAVO_EACH(16) {
-    int32_t sum = 0;
-    for (int j = 0; j < 4; ++j) sum += w.v[4 * i + j] * static_cast<int8_t>(x.v[4 * i + j]);
-    acc.v[i] = wrap(unwrap(acc.v[i]) + unwrap(sum));
-  }
-  return acc;
-}
-#endif
-
-#if defined(OCTAVO_ISA_AVX2) && !defined(OCTAVO_ISA_AVXVNNI)
-
-template <int kBits>
-constexpr int kMostSteps = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
-constexpr int32_t kBytesZero = 128;
-struct sums {
-  __m256i lo, hi;  // 16 bits
-};
-// Computed here and now: GCC would put sums off and keep dozens of products in memory.
-template <typename T>
-OCTAVO_INLINE T keep(T a) {
-  asm volatile("" : "+x"(a.lo), "+x"(a.hi));
-  return a;
-}
-OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) {
-  const u8x64 a = load_u8(p);
-  const __m256i top = _mm256_set1_epi8(static_cast<char>(-128));
-  return {_mm256_xor_si256(a.lo, top), _mm256_xor_si256(a.hi, top)};
-}
-OCTAVO_INLINE sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-template <int kBits>
-OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
-  if constexpr (kBits == 8) {
-    return {_mm256_maddubs_epi16(_mm256_abs_epi8(w.lo), _mm256_sign_epi8(x.lo, w.lo)),
-            _mm256_maddubs_epi16(_mm256_abs_epi8(w.hi), _mm256_sign_epi8(x.hi, w.hi))};
-  } else {
-    return keep(sums{_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
-                     _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))});
-  }
-}
-OCTAVO_INLINE i32x16 last_sums(sums acc) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
-}
-OCTAVO_INLINE i32x16 add_sums(i32x16 total, sums acc) { return keep(total + last_sums(acc)); }
-
-#else
-
-template <int kBits>
-constexpr int kMostSteps = 8;
-constexpr int32_t kBytesZero = 0;
-using sums = i32x16;
-OCTAVO_INLINE u8x64 load_bytes(const uint8_t* p) { return load_u8(p); }
-OCTAVO_INLINE sums no_sums() { return set1_i32(0); }
-template <int kBits>
-OCTAVO_INLINE sums add_products(sums acc, u8x64 w, u8x64 x) {
-  return dot(acc, w, x);
-}
-OCTAVO_INLINE i32x16 last_sums(sums acc) { return acc; }
-OCTAVO_INLINE i32x16 add_sums(i32x16 total, sums acc) { return total + acc; }
-#endif
-
 // ---- written once over the above ----------------------------------------------------------------------------------
 
 // hsum: the sum of the lanes, i + i+8, i + i+4, i + i+2, i + i+1. hmax: the greatest (max as above, same order).
-// hsum_i32 and hmax_i32 are exact in any order.
+// hmax_i32 is exact in any order, and so is hsum_pairs: the sums of lanes i with i % 4 < 2 and of the others.
 #if defined(OCTAVO_ISA_AVX512) || defined(OCTAVO_ISA_AVX2)
 
 #if defined(OCTAVO_ISA_AVX512)
@@ -505,11 +371,11 @@ OCTAVO_INLINE float hmax(f32x16 a) {
   const __m128 v2 = _mm_max_ps(v4, _mm_movehl_ps(v4, v4));
   return _mm_cvtss_f32(_mm_max_ss(v2, _mm_movehdup_ps(v2)));
 }
-OCTAVO_INLINE int32_t hsum_i32(i32x16 a) {
+OCTAVO_INLINE void hsum_pairs(i32x16 a, int32_t (&out)[2]) {
   const __m256i v8 = _mm256_add_epi32(low_half(a), high_half(a));
   const __m128i v4 = _mm_add_epi32(_mm256_castsi256_si128(v8), _mm256_extracti128_si256(v8, 1));
-  const __m128i v2 = _mm_add_epi32(v4, _mm_shuffle_epi32(v4, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(v2, _mm_shuffle_epi32(v2, 0xb1)));
+  const __m128i pairs = _mm_add_epi32(v4, _mm_shuffle_epi32(v4, 0xb1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi32(pairs, 0x08));
 }
 OCTAVO_INLINE int32_t hmax_i32(i32x16 a) {
   const __m256i v8 = _mm256_max_epi32(low_half(a), high_half(a));
@@ -531,7 +397,10 @@ OCTAVO_INLINE int32_t hmax_i32(i32x16 a) {
 
 OCTAVO_INLINE float hsum(f32x16 a) { OCTAVO_REDUCE(x + y); }
 OCTAVO_INLINE float hmax(f32x16 a) { OCTAVO_REDUCE(x > y ? x : y); }
-OCTAVO_INLINE int32_t hsum_i32(i32x16 a) { OCTAVO_REDUCE(wrap(unwrap(x) + unwrap(y))); }
+OCTAVO_INLINE void hsum_pairs(i32x16 a, int32_t (&out)[2]) {
+  out[0] = out[1] = 0;
+  OCTAVO_EACH(16) out[i / 2 % 2] = wrap(unwrap(out[i / 2 % 2]) + unwrap(a.v[i]));
+}
 OCTAVO_INLINE int32_t hmax_i32(i32x16 a) { OCTAVO_REDUCE(x > y ? x : y); }
 
 #endif

@@ -287,13 +287,14 @@ struct QuantizedBuffers {
       : stride(quantized_stride(rows)),
         codes(static_cast<size_t>(stride * k)),
         scales(static_cast<size_t>(stride * (k / group))),
-        sums(scales.size()),
-        scaled_sums(scales.size()) {}
+        scaled_sums(scales.size()),
+        sums(2 * scales.size()) {}
   QuantizedRows rows() { return {codes.data(), scales.data(), sums.data(), scaled_sums.data(), stride}; }
 
   int64_t stride;
   std::vector<int8_t> codes;
-  std::vector<float> scales, sums, scaled_sums;
+  std::vector<float> scales, scaled_sums;
+  std::vector<int16_t> sums;
 };
 
 // ---- one weight on one instruction set
@@ -378,7 +379,7 @@ void check_quantize(const Isa& isa, const std::string& name, const std::vector<f
           return fail(name, std::string(isa.name) + " code of row " + std::to_string(row));
         }
       }
-      if (bits(out.scales[at]) != bits(expected.scales[wanted]) || out.sums[at] != sum ||
+      if (bits(out.scales[at]) != bits(expected.scales[wanted]) || static_cast<float>(out.sums[2 * at] + out.sums[2 * at + 1]) != sum ||
           bits(out.scaled_sums[at]) != bits(expected.scales[wanted] * sum)) {
         return fail(name, std::string(isa.name) + " scale or sum of row " + std::to_string(row));
       }

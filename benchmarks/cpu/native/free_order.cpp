@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "simd.h"
+#include "dot.h"
 
 namespace octavo {
 namespace OCTAVO_NS {
@@ -84,15 +84,15 @@ void tile(const Weights& w, const Rows& x, int64_t groups, float* out, int64_t s
         const u8x64 packed = load_u8(codes + q * 64), low = move_bits<0, 0, 15>(packed), high = move_bits<4, 0, 15>(packed);
         _Pragma("GCC unroll 8") for (int i = 0; i < kRows; ++i) {
           const u8x64 four = broadcast_x4(x.codes + i * k + g * kGroup + 4 * q);
-          total[i][0] = add_products<4>(total[i][0], low, four);
-          total[i][1] = add_products<4>(total[i][1], high, four);
+          total[i][0] = add_products<false>(total[i][0], low, four);
+          total[i][1] = add_products<false>(total[i][1], high, four);
         }
       }
       _Pragma("GCC unroll 2") for (int h = 0; h < 2; ++h) {
         const f32x16 scale = load_f16(w.scales + g * kColumns + h * kLanes);
         const f32x16 minimum = load_f16(w.minimums + g * kColumns + h * kLanes);
         _Pragma("GCC unroll 8") for (int i = 0; i < kRows; ++i) {
-          const f32x16 sum = to_f32(last_sums(total[i][h]));
+          const f32x16 sum = to_f32(last_sums<false>(total[i][h]));
           c[s][i][h] = fma(sum, scale * set1(x.scales[i * groups + g]), c[s][i][h]);
           c[s][i][h] = fma(minimum, set1(x.sums[i * groups + g]), c[s][i][h]);
         }
