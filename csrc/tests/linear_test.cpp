@@ -202,8 +202,12 @@ StoredScales store_scales(const Stored& w, bool two_level, bool is_negated) {
 
 Stored make_weight(int64_t n, int64_t k, int group, int bits, int zero, bool minimums, bool two_level) {
   Stored w{n, k, group, bits, zero, {}, {}, {}, {}};
-  for (int64_t i = 0; i < n * k; ++i)
-    w.codes.push_back(integer(0, 3) == 0 ? (1 << bits) - 1 : integer(0, (1 << bits) - 1));
+  const int top = (1 << bits) - 1;
+  for (int64_t i = 0; i < n * k; ++i) w.codes.push_back(integer(0, 3) == 0 ? top : integer(0, top));
+  for (int64_t j = 0; j < k; ++j) {  // the greatest sums that there can be, with two rows of make_rows
+    w.codes[static_cast<size_t>(j)] = 0;
+    w.codes[static_cast<size_t>((n - 1) * k + j)] = top;
+  }
   w.scales = store_scales(w, two_level, false);
   if (minimums) w.minimums = store_scales(w, two_level, true);
   return w;
@@ -394,6 +398,7 @@ std::vector<float> make_rows(int64_t rows, int64_t k) {
   if (k >= 32) {
     for (int64_t i = 16; i < 32; ++i) x[static_cast<size_t>(i)] = i % 2 == 0 ? 0.0f : -0.0f;
   }
+  for (int64_t i = 3 * k; i < 5 * k; ++i) x[static_cast<size_t>(i)] = i < 4 * k ? 1.0f : -1.0f;  // see make_weight
   return x;
 }
 
@@ -463,9 +468,10 @@ void test_every_width() {
 }
 
 void test_every_count() {
-  for (const int bits : {4, 8}) {
-    Stored w = make_weight(71, 96, 32, bits, bits == 4 ? 0 : 128, bits == 4, false);
-    w.planes.push_back(store_plane(w, 32, bits, 0, Order::kHalves, bits == 4 ? 0 : 0x80, 1));
+  for (const int bits : {4, 5, 8}) {
+    Stored w = make_weight(71, 96, 32, bits, bits == 4 ? 0 : 1 << (bits - 1), bits == 4, false);
+    w.planes.push_back(store_plane(w, 32, bits == 8 ? 8 : 4, 0, Order::kHalves, bits == 8 ? 0x80 : 0, 1));
+    if (bits == 5) w.planes.push_back(store_plane(w, 32, 1, 4, Order::kPairs, 0, 1));
     check_grouped(w, "counts " + std::to_string(bits), kAllCounts);
   }
 }
