@@ -14,11 +14,11 @@
 //   Groups of 32 have codes of 4, 5 or 8 bits, groups of 16 of 2, 3, 6 or 8, as in GGUF; others are kept in the next. A group of 16 at the end of k leaves half a unit unused.
 // Dense weights, a panel: [k][32 columns] in the file's type.
 //
-// Packing goes block by block: the codes of 32 rows are gathered into bytes [32][block], transposed in 4 x 4 words to steps, and
-// their bits cut into planes. A plane's table (byte_of, shift_of) is cut into runs once a call: bytes in sequence with one shift,
-// or the eight bits of one byte, go sixteen or eight codes at a time with the vectors of the compiler (SSE2, NEON), anything else
-// goes one by one.
+// Packing goes panel by panel: the codes of 32 whole rows, which lie one after the other in the file, are gathered into bytes
+// [32][k], transposed in 4 x 4 words to steps, and their bits cut into planes. A plane's table (byte_of, shift_of) is cut into runs
+// once a call, and a run goes through all blocks of a row with the vectors of the compiler (SSE2, NEON).
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -42,10 +42,10 @@ int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 // ---- gathering the codes of rows -----------------------------------------------------------------------------------
 
-// Elements first .. first + count of a block that one pattern describes.
+// Elements first .. first + count of a block whose bits lie alike: in bytes in sequence with one shift, of which 16, 4 or 1 are
+// moved at a time, or (8) in the bits of bytes in sequence, eight in each.
 struct Run {
-  enum class Pattern { kSequence, kBits, kSingle } pattern;
-  int32_t first, count, byte, shift;
+  int32_t first, count, byte, shift, width;
 };
 
 std::vector<Run> runs_of(const PlaneView& plane) {
@@ -54,60 +54,105 @@ std::vector<Run> runs_of(const PlaneView& plane) {
   const uint8_t* shift_of = plane.shift_of;
   for (int32_t e = 0; e < plane.block_len;) {
     const int32_t byte = byte_of[e], shift = shift_of[e];
-    int32_t end = e + 1;
-    while (end < plane.block_len && byte_of[end] == byte + (end - e) && shift_of[end] == shift) ++end;
-    int32_t count = (end - e) / 16 * 16;
-    Run::Pattern pattern = Run::Pattern::kSequence;
-    if (count == 0 || plane.byte_stride != 1) {
-      int32_t bits = 0;
-      while (bits < 8 && e + bits < plane.block_len && byte_of[e + bits] == byte && shift_of[e + bits] == bits) ++bits;
-      const bool is_bits = bits == 8 && plane.bits == 1;
-      pattern = is_bits ? Run::Pattern::kBits : Run::Pattern::kSingle;
-      count = is_bits ? 8 : 1;
+    int32_t count = 1, bits = 0;
+    while (plane.byte_stride == 1 && e + count < plane.block_len && byte_of[e + count] == byte + count &&
+           shift_of[e + count] == shift) {
+      ++count;
     }
-    runs.push_back({pattern, e, count, byte, shift});
-    e += count;
+    while (plane.bits == 1 && e + bits < plane.block_len && byte_of[e + bits] == byte + bits / 8 &&
+           shift_of[e + bits] == bits % 8) {
+      ++bits;
+    }
+    const int32_t width = bits >= 8 ? 8 : count >= 16 ? 16 : count >= 4 ? 4 : 1;
+    runs.push_back({e, (width == 8 ? bits : count) / width * width, byte, shift, width});
+    e += runs.back().count;
   }
   return runs;
 }
 
-// Adds a plane's bits to codes[rows][stride], one block of each row.
-void gather(const PlaneView& plane, const std::vector<Run>& runs, const uint8_t* data, int64_t rows, uint8_t* codes,
-            int64_t stride) {
-  const auto flip = static_cast<uint8_t>(plane.flip), mask = static_cast<uint8_t>((1 << plane.bits) - 1);
-  const Bytes flips = Bytes{} + flip, masks = Bytes{} + mask;
-  const uint64_t flips8 = 0x0101010101010101u * flip;
-  for (const Run& run : runs) {
-    const uint8_t* from = data + run.byte * plane.byte_stride;
-    uint8_t* to = codes + run.first;
-    switch (run.pattern) {
-      case Run::Pattern::kSequence:
-        for (int64_t row = 0; row < rows; ++row, from += plane.row_stride, to += stride) {
-          for (int32_t i = 0; i < run.count; i += 16) {
-            const auto moved =
-                reinterpret_cast<Bytes>(reinterpret_cast<Halves>(load_as<Bytes>(from + i) ^ flips) >> run.shift);
-            const auto lifted = reinterpret_cast<Bytes>(reinterpret_cast<Halves>(moved & masks) << plane.lift);
-            const Bytes sum = load_as<Bytes>(to + i) + lifted;
-            std::memcpy(to + i, &sum, sizeof sum);
-          }
-        }
-        break;
-      case Run::Pattern::kBits:
-        for (int64_t row = 0; row < rows; ++row, from += plane.row_stride, to += stride) {
-          const uint64_t eight = (0x0101010101010101u * *from ^ flips8) & 0x8040201008040201u;  // bit i in byte i
-          const uint64_t ones = ((eight + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
-          const uint64_t sum = load_as<uint64_t>(to) + (ones << plane.lift);
-          std::memcpy(to, &sum, sizeof sum);
-        }
-        break;
-      case Run::Pattern::kSingle:
-        for (int64_t row = 0; row < rows; ++row, from += plane.row_stride, to += stride) {
-          *to = static_cast<uint8_t>(*to + ((((*from ^ flip) >> run.shift) & mask) << plane.lift));
-        }
-        break;
+template <typename Word>
+Word filled(int32_t byte) {
+  Word word;
+  std::memset(&word, byte, sizeof word);
+  return word;
+}
+
+// Adds a sequence's bits of some blocks of a row to their codes.
+template <typename Word>
+void add_sequence(const PlaneView& plane, const Run& run, const uint8_t* from, int64_t blocks, uint8_t* to) {
+  const auto flips = filled<Word>(plane.flip), masks = filled<Word>((1 << plane.bits) - 1);
+  const int64_t block_stride = plane.block_stride, block_len = plane.block_len;
+  const int32_t count = run.count, shift = run.shift, lift = plane.lift;
+  for (int64_t block = 0; block < blocks; ++block, from += block_stride, to += block_len) {
+    for (int32_t i = 0; i < count; i += static_cast<int32_t>(sizeof(Word))) {
+      const auto lifted = (((load_as<Word>(from + i) ^ flips) >> shift) & masks) << lift;
+      const auto sum = static_cast<Word>(load_as<Word>(to + i) + lifted);
+      std::memcpy(to + i, &sum, sizeof sum);
     }
   }
 }
+
+// The eight bits of a byte as eight bytes.
+constexpr auto kEightBits = [] {
+  std::array<uint64_t, 256> table{};
+  for (uint64_t byte = 0; byte < 256; ++byte) {
+    for (uint64_t bit = 0; bit < 8; ++bit) table[byte] |= (byte >> bit & 1) << (8 * bit);
+  }
+  return table;
+}();
+
+void add_bits(const PlaneView& plane, const Run& run, const uint8_t* from, int64_t blocks, uint8_t* to) {
+  const int64_t block_stride = plane.block_stride, byte_stride = plane.byte_stride, block_len = plane.block_len;
+  const int32_t bytes = run.count / 8, flip = plane.flip, lift = plane.lift;
+  for (int64_t block = 0; block < blocks; ++block, from += block_stride, to += block_len) {
+    for (int32_t i = 0; i < bytes; ++i) {
+      const uint64_t sum = load_as<uint64_t>(to + 8 * i) + (kEightBits[from[i * byte_stride] ^ flip] << lift);
+      std::memcpy(to + 8 * i, &sum, sizeof sum);
+    }
+  }
+}
+
+// Codes of 32 rows, gathered from their planes.
+class Gatherer {
+ public:
+  Gatherer(const CodesView& view, int64_t columns)
+      : view_(view), columns_(columns), stride_(((columns / 64 + 1) | 1) * 64), codes_(static_cast<size_t>(kPanel * stride_)) {
+    for (int32_t i = 0; i < view.num_planes; ++i) runs_[i] = runs_of(view.planes[i]);
+  }
+
+  // Rows row to row + rows; the others, and what follows the last column, are 0.
+  void gather(int64_t row, int64_t rows) {
+    std::memset(codes_.data(), 0, codes_.size());
+    for (int64_t c = 0; c < rows; ++c) {
+      for (int32_t i = 0; i < view_.num_planes; ++i) {
+        const PlaneView& plane = view_.planes[i];
+        for (const Run& run : runs_[i]) {
+          const uint8_t* from = plane.data + (row + c) * plane.row_stride + run.byte * plane.byte_stride;
+          add(plane, run, from, codes_.data() + c * stride_ + run.first);
+        }
+      }
+    }
+  }
+
+  const uint8_t* codes() const { return codes_.data(); }
+  int64_t stride() const { return stride_; }
+
+ private:
+  void add(const PlaneView& plane, const Run& run, const uint8_t* from, uint8_t* to) const {
+    const int64_t blocks = columns_ / plane.block_len;
+    switch (run.width) {
+      case 16: return add_sequence<Halves>(plane, run, from, blocks, to);
+      case 4: return add_sequence<uint32_t>(plane, run, from, blocks, to);
+      case 1: return add_sequence<uint8_t>(plane, run, from, blocks, to);
+    }
+    add_bits(plane, run, from, blocks, to);
+  }
+
+  const CodesView& view_;
+  const int64_t columns_, stride_;  // an odd number of lines: rows do not fall onto the same ones of a cache
+  std::vector<Run> runs_[3];
+  std::vector<uint8_t> codes_;
+};
 
 // ---- transposing them ----------------------------------------------------------------------------------------------
 
@@ -173,43 +218,6 @@ void put_unit(const Step (&steps)[8][2], int32_t bits, uint8_t* out) {
   }
 }
 
-// Codes of one block of 32 rows at a time, gathered from their planes.
-class Gatherer {
- public:
-  Gatherer(const CodesView& view, int64_t columns, int64_t stride)
-      : view_(view), columns_(columns), stride_(stride), codes_(static_cast<size_t>(kPanel * stride)) {
-    for (int32_t i = 0; i < view.num_planes; ++i) runs_[i] = runs_of(view.planes[i]);
-  }
-
-  // Columns first to first + columns of rows row to row + rows; the others are 0. [32][stride]
-  const uint8_t* gather(int64_t row, int64_t rows, int64_t first) {
-    std::memset(codes_.data(), 0, codes_.size());
-    for (int32_t i = 0; i < view_.num_planes; ++i) {
-      const PlaneView& plane = view_.planes[i];
-      for (int64_t block = first / plane.block_len; block * plane.block_len < first + columns_; ++block) {
-        const uint8_t* data = plane.data + row * plane.row_stride + block * plane.block_stride;
-        octavo::gather(plane, runs_[i], data, rows, codes_.data() + block * plane.block_len - first, stride_);
-      }
-    }
-    return codes_.data();
-  }
-
- private:
-  const CodesView& view_;
-  int64_t columns_, stride_;
-  std::vector<Run> runs_[3];
-  std::vector<uint8_t> codes_;
-};
-
-// Columns that are gathered at a time: whole blocks of every plane and of the layout.
-int64_t chunk_of(const GroupedView& view, int64_t block_columns) {
-  int64_t chunk = block_columns;
-  for (int32_t i = 0; i < view.codes.num_planes; ++i) chunk = std::max<int64_t>(chunk, view.codes.planes[i].block_len);
-  bool fits = view.k % chunk == 0 && chunk % block_columns == 0;
-  for (int32_t i = 0; i < view.codes.num_planes; ++i) fits = fits && chunk % view.codes.planes[i].block_len == 0;
-  return fits ? chunk : view.k;
-}
-
 // One float16 a step of a row, [count][32], from [rows][steps] of the file.
 void pack_halves(const ScaleView& view, int64_t row, int64_t rows, int64_t first, int64_t count, uint8_t* out) {
   const uint8_t* from = view.data + row * view.row_stride + first * view.step_stride;
@@ -218,26 +226,30 @@ void pack_halves(const ScaleView& view, int64_t row, int64_t rows, int64_t first
   }
 }
 
-// Factors of a block, [groups][32] int8.
-void pack_factors(const ScaleView& view, Gatherer& gatherer, int64_t row, int64_t rows, int64_t first, int64_t groups, uint8_t* out) {
-  const uint8_t* codes = gatherer.gather(row, rows, first);
-  for (int64_t c = 0; c < rows; ++c) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const int32_t factor = codes[c * groups + g] - view.factors.zero;
-      out[g * kPanel + c] = static_cast<uint8_t>(view.is_negated ? -factor : factor);
+// Factors of a block, [groups][32] int8, from codes[32][stride].
+void pack_factors(const ScaleView& view, const uint8_t* codes, int64_t stride, int64_t rows, int64_t groups, uint8_t* out) {
+  for (int64_t g = 0; g < groups; ++g, out += kPanel) {
+    for (int64_t c = 0; c < rows; ++c) {
+      const int32_t factor = codes[c * stride + g] - view.factors.zero;
+      out[c] = static_cast<uint8_t>(view.is_negated ? -factor : factor);
     }
   }
 }
 
+// A line of a cache from each row at a time; the columns past the last row stay zero.
 template <typename T>
 void pack_dense(const DenseView& view, uint8_t* out, int64_t panel_begin, int64_t panel_end) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t rows = std::min(kPanel, view.n - panel * kPanel);
+    constexpr int64_t kTile = 64 / sizeof(T);
     const uint8_t* from = view.data + panel * kPanel * view.row_stride;
     T* to = reinterpret_cast<T*>(out) + panel * kPanel * view.k;
-    for (int64_t j = 0; j < view.k; ++j, from += sizeof(T), to += kPanel) {
-      for (int64_t c = 0; c < rows; ++c) to[c] = load_as<T>(from + c * view.row_stride);
-      for (int64_t c = rows; c < kPanel; ++c) to[c] = T{};
+    for (int64_t first = 0; first < view.k; first += kTile) {
+      const int64_t end = std::min(view.k, first + kTile);
+      for (int64_t c = 0; c < rows; ++c) {
+        const uint8_t* row = from + c * view.row_stride;
+        for (int64_t j = first; j < end; ++j) to[j * kPanel + c] = load_as<T>(row + j * static_cast<int64_t>(sizeof(T)));
+      }
     }
   }
 }
@@ -282,34 +294,32 @@ size_t packed_bytes(const PackedWeight& weight) {
 
 void pack_panels(const GroupedView& view, PackedWeight* out, int64_t panel_begin, int64_t panel_end) {
   const GroupedLayout layout = layout_of(*out);
-  const int64_t chunk = chunk_of(view, layout.block_columns), groups = layout.block_columns / view.group;
+  const int64_t groups = layout.block_columns / view.group, all_groups = view.k / view.group;
   const ScaleView* scales[2] = {&view.scales, &view.minimums};
   const int64_t kinds = out->has_minimums ? 2 : 1;
-  const int64_t padded = (chunk + kUnit - 1) / kUnit * kUnit;  // a group of 16 may end it
-  Gatherer codes(view.codes, chunk, padded);
-  Gatherer factors[2] = {Gatherer(view.scales.factors, groups, groups), Gatherer(view.minimums.factors, groups, groups)};
+  Gatherer codes(view.codes, view.k);
+  Gatherer factors[2] = {Gatherer(view.scales.factors, all_groups), Gatherer(view.minimums.factors, all_groups)};
   Step steps[8][2];
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t row = panel * kPanel, rows = std::min(kPanel, view.n - row);
     auto* to = const_cast<uint8_t*>(out->data) + panel * layout.panel;
-    for (int64_t first = 0; first < view.k; first += chunk) {
-      const uint8_t* gathered = codes.gather(row, rows, first);
-      for (int64_t in_chunk = 0; in_chunk < chunk; in_chunk += layout.block_columns, to += layout.block) {
-        const int64_t column = first + in_chunk, block = column / layout.block_columns;
-        for (int64_t kind = 0; kind < kinds; ++kind) {
-          if (out->two_level) {
-            pack_halves(*scales[kind], row, rows, block, 1, to + kind * kPanel * 2);
-            uint8_t* bytes = to + layout.factors + kind * groups * kPanel;
-            pack_factors(*scales[kind], factors[kind], row, rows, block * groups, groups, bytes);
-          } else {
-            const int64_t first_group = column / view.group, count = std::min(groups, view.k / view.group - first_group);
-            pack_halves(*scales[kind], row, rows, first_group, count, to + kind * groups * kPanel * 2);
-          }
+    codes.gather(row, rows);
+    for (int64_t kind = 0; out->two_level && kind < kinds; ++kind) factors[kind].gather(row, rows);
+    for (int64_t column = 0; column < view.k; column += layout.block_columns, to += layout.block) {
+      const int64_t group = column / view.group;
+      for (int64_t kind = 0; kind < kinds; ++kind) {
+        if (out->two_level) {
+          pack_halves(*scales[kind], row, rows, column / layout.block_columns, 1, to + kind * kPanel * 2);
+          pack_factors(*scales[kind], factors[kind].codes() + group, factors[kind].stride(), rows, groups,
+                       to + layout.factors + kind * groups * kPanel);
+        } else {
+          const int64_t count = std::min(groups, all_groups - group);
+          pack_halves(*scales[kind], row, rows, group, count, to + kind * groups * kPanel * 2);
         }
-        for (int64_t unit = 0; unit * kUnit < layout.block_columns; ++unit) {
-          transpose_unit(gathered + in_chunk + unit * kUnit, padded, steps);
-          put_unit(steps, out->bits, to + layout.header + unit * layout.unit);
-        }
+      }
+      for (int64_t unit = 0; unit * kUnit < layout.block_columns; ++unit) {
+        transpose_unit(codes.codes() + column + unit * kUnit, codes.stride(), steps);
+        put_unit(steps, out->bits, to + layout.header + unit * layout.unit);
       }
     }
   }

@@ -149,10 +149,8 @@ def sizes_from_gguf(source: ConfigSource) -> LlamaConfig:
     )
     for key in ("attention.value_length", "rope.dimension_count"):
         source.require(key, source.integer(key, head_dim), head_dim)
-    tokens = source.values.get("tokenizer.ggml.tokens")
-    num_tokens = len(tokens) if isinstance(tokens, list | tuple) and tokens else None
     return LlamaConfig(
-        vocab_size=source.integer("vocab_size", num_tokens),
+        vocab_size=source.integer("vocab_size", source.length("tokenizer.ggml.tokens") or None),
         hidden_size=hidden_size,
         intermediate_size=source.integer("feed_forward_length"),
         num_hidden_layers=source.integer("block_count", most=MAX_LAYERS),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from octavo.errors import ModelFileError
 
@@ -25,6 +25,13 @@ MAX_NUMBER = 1e12
 def is_sensible(value: float) -> bool:
     """Whether a number is neither so small nor so large (nor NaN) that float32 would lose it."""
     return 1 / MAX_NUMBER <= value <= MAX_NUMBER
+
+
+@runtime_checkable
+class _KnowsLengths(Protocol):
+    """GGUF metadata: a vocabulary that is only counted need not be decoded."""
+
+    def length(self, key: str) -> int: ...
 
 
 def _no_numbers(name: str) -> tuple[float, ...]:
@@ -102,6 +109,13 @@ class ConfigSource:
         if not isinstance(values, list | tuple) or not all(isinstance(v, kind) for v in values):
             raise self._fault(key, f"a list of {kind.__name__}", values)
         return tuple(values)
+
+    def length(self, key: str) -> int:
+        """The elements of a list, 0 if there is none; the key is without the prefix."""
+        if isinstance(self.values, _KnowsLengths):
+            return self.values.length(key)
+        value = self.values.get(key)
+        return len(value) if isinstance(value, list | tuple) else 0
 
     def require(self, key: str, actual: object, supported: object) -> None:
         """Refuse a value other than the one that is supported."""

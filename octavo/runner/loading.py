@@ -5,6 +5,7 @@ The only place where models, weights and backends meet.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.backends.program import CompileOptions, Program, Progress
 from octavo.config import EngineConfig, Quantization
@@ -19,7 +21,7 @@ from octavo.errors import ConfigError, ModelFileError
 from octavo.graph.tensors import DenseTensor, StoredTensor
 from octavo.graph.trace import Graph
 from octavo.models import registry
-from octavo.models.transforms import AddOne, Transform, UnpermuteRope
+from octavo.models.transforms import AddOne, UnpermuteRope
 from octavo.runner.quantization import QuantizedWeights, choose_formats
 from octavo.weights.formats.quantize import quantized_nbytes
 from octavo.weights.loader import ModelFiles, open_model
@@ -202,15 +204,15 @@ def stored_weights(model: registry.Model, files: ModelFiles) -> Mapping[str, Sto
                 f"tensor {name} has shape {list(tensor.shape)}, the configuration needs "
                 f"{list(shape)}: the files do not belong together"
             )
-        weights[weight] = _transformed(tensor, model.transforms.get(weight))
+        match model.transforms.get(weight):
+            case UnpermuteRope() as transform:
+                tensor = files.tensor(name, _file_rows(transform))
+            case AddOne():
+                tensor = DenseTensor(tensor.dequantize() + np.float32(1), "f32")
+        weights[weight] = tensor
     return weights
 
 
-def _transformed(tensor: StoredTensor, transform: Transform | None) -> StoredTensor:
-    match transform:
-        case None:
-            return tensor
-        case UnpermuteRope():
-            return tensor.take_rows(np.array(transform.rows(), np.int64))
-        case AddOne():
-            return DenseTensor(tensor.dequantize() + np.float32(1), "f32")
+@functools.cache
+def _file_rows(transform: UnpermuteRope) -> NDArray[np.int64]:
+    return np.array(transform.rows(), np.int64)

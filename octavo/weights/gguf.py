@@ -139,6 +139,13 @@ class Metadata(Mapping[str, object]):
             self._values[key] = value
         return value
 
+    def length(self, key: str) -> int:
+        """How many elements an array has, decoding none; 0 if there is no such array."""
+        value = self._values.get(key)
+        if isinstance(value, _ArraySpan):
+            return value.count
+        return len(value) if isinstance(value, list) else 0
+
     def __iter__(self) -> Iterator[str]:
         """The keys in the file's order."""
         return iter(self._values)

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from octavo.errors import ModelFileError
 from octavo.graph.tensors import StoredTensor
 from octavo.weights.formats.registry import read_tensor
@@ -43,8 +46,12 @@ class ModelFiles(Protocol):
         """The tensors' names."""
         ...
 
-    def tensor(self, name: str) -> StoredTensor:
+    def tensor(self, name: str, rows: NDArray[np.int64] | None = None) -> StoredTensor:
         """A tensor as a view of the file, which stays mapped while the tensor lives.
+
+        Args:
+            name: the file's own name of it.
+            rows: another order of all its rows, which takes a copy.
 
         Raises:
             ModelFileError: there is no such tensor, or its format is not supported.
@@ -100,11 +107,10 @@ class _GGUF:
     def names(self) -> set[str]:
         return set(self._file.tensors)
 
-    def tensor(self, name: str) -> StoredTensor:
-        info = self._file.tensors.get(name)
-        if info is None:
+    def tensor(self, name: str, rows: NDArray[np.int64] | None = None) -> StoredTensor:
+        if name not in self._file.tensors:
             raise _missing(name, self._file.path)
-        return _read(info.name, self._file)
+        return _read(name, self._file, rows)
 
     def close(self) -> None:
         self._file.close()
@@ -143,20 +149,22 @@ class _Folder:
     def names(self) -> set[str]:
         return set(self._owners)
 
-    def tensor(self, name: str) -> StoredTensor:
+    def tensor(self, name: str, rows: NDArray[np.int64] | None = None) -> StoredTensor:
         file = self._owners.get(name)
         if file is None:
             raise _missing(name, self._path)
-        return _read(name, file)
+        return _read(name, file, rows)
 
     def close(self) -> None:
         for file in self._files:
             file.close()
 
 
-def _read(name: str, file: GGUFFile | SafetensorsFile) -> StoredTensor:
+def _read(
+    name: str, file: GGUFFile | SafetensorsFile, rows: NDArray[np.int64] | None
+) -> StoredTensor:
     try:
-        return read_tensor(file.tensors[name], file.buffer)
+        return read_tensor(file.tensors[name], file.buffer, rows)
     except ModelFileError as error:
         raise ModelFileError(f"{file.path}: {error}") from None
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from octavo.graph.batch import Float32
+from octavo.weights.formats.layout import BlockLayout
+from octavo.weights.formats.registry import BLOCKS
 
 TOLERANCES = {  # relative to the greatest value of the output: float32 sums in another order
     "embed": 0.0,
@@ -48,6 +50,25 @@ def test_embed(kit: Any, rng: np.random.Generator, isa: str, kind: str, scale: f
         weight = kit.grouped(rng, 70, 96, int(kind[0]), 32, minimums="minimums" in kind)
     graph = kit.graph(lambda ops: ops.embed("e", 70, 96, scale=scale))
     batch = kit.batch([kit.Part([0], 0, 5)], token_ids=[0, 69, 31, 32, 69])
+    actual, expected = kit.both(graph, {"e.weight": weight}, kit.options(isa=isa), [batch])
+    assert_close("embed", actual, expected)
+
+
+@pytest.mark.parametrize("layout", BLOCKS.values(), ids=BLOCKS)
+def test_embed_every_format(
+    kit: Any, rng: np.random.Generator, isa: str, layout: BlockLayout
+) -> None:
+    """What is packed, from the places that a file's format has, is what the format says."""
+    rows, per_row = 40, 3
+    columns = per_row * layout.block_len
+    data = rng.integers(0, 256, (rows, per_row, layout.block_bytes), np.uint8)
+    for halves in (layout.scales, layout.minimums):
+        if halves is not None:
+            values = rng.normal(0, 1, (rows, per_row, 1)).astype("<f2")
+            data[:, :, halves.start : halves.start + 2] = values.view(np.uint8)
+    weight = layout.read(data.reshape(-1), (rows, columns))
+    graph = kit.graph(lambda ops: ops.embed("e", rows, columns))
+    batch = kit.batch([kit.Part(range(8), 0, rows)], token_ids=range(rows))
     actual, expected = kit.both(graph, {"e.weight": weight}, kit.options(isa=isa), [batch])
     assert_close("embed", actual, expected)
 

@@ -305,6 +305,13 @@ def test_gguf_vocabulary_may_be_told_by_the_tokens() -> None:
     model = registry.build("gguf", "llama", config, GGUF_NAMES)
     assert model.vocab_size == 77
 
+    class Counted(dict[str, Any]):
+        def length(self, key: str) -> int:
+            return {"tokenizer.ggml.tokens": 78}[key]
+
+    del config["tokenizer.ggml.tokens"]
+    assert registry.build("gguf", "llama", Counted(config), GGUF_NAMES).vocab_size == 78
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),

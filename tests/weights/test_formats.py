@@ -21,10 +21,16 @@ Blocks = Callable[[str, int, int], NDArray[np.uint8]]
 SIZES = {kind.name: kind for kind in TENSOR_TYPES.values()}
 
 
-def mapped(data: NDArray[np.uint8], name: str, shape: tuple[int, ...], offset: int = 0) -> object:
+def mapped(
+    data: NDArray[np.uint8],
+    name: str,
+    shape: tuple[int, ...],
+    offset: int = 0,
+    rows: NDArray[np.int64] | None = None,
+) -> object:
     buffer = mmap.mmap(-1, offset + data.size)
     buffer[offset:] = data.tobytes()
-    return read_tensor(TensorInfo("x", shape, name, offset, data.size), buffer)
+    return read_tensor(TensorInfo("x", shape, name, offset, data.size), buffer, rows)
 
 
 def bits(values: NDArray[np.float32]) -> NDArray[np.uint32]:
@@ -55,9 +61,11 @@ def test_grouped_formats(blocks: Blocks, name: str, rows: int, per_row: int) -> 
     np.testing.assert_array_equal(bits(tensor.dequantize()), bits(expected(data, name)))
     assert int(tensor.codes.values().max()) < 1 << tensor.bits
     order = np.random.default_rng(1).permutation(rows)
-    np.testing.assert_array_equal(
-        bits(tensor.take_rows(order).dequantize()), bits(expected(data[order], name))
-    )
+    for reordered in (tensor.take_rows(order), mapped(data, name, shape, rows=order)):
+        assert isinstance(reordered, GroupedTensor)
+        np.testing.assert_array_equal(
+            bits(reordered.dequantize()), bits(expected(data[order], name))
+        )
 
 
 @pytest.mark.parametrize("name", BLOCKS)

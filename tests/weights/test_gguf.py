@@ -292,6 +292,7 @@ def test_a_late_refusal_names_the_entry(tmp_path: Path) -> None:
     )
     with GGUFFile.open(path) as file:
         assert "words" in file.metadata
+        assert file.metadata.length("words") == 2, "counted, not decoded"
         with pytest.raises(ModelFileError, match=r"'words' has a string at index 1 .* not UTF-8"):
             file.metadata["words"]
         with pytest.raises(ModelFileError, match="'flags'"):

@@ -203,16 +203,16 @@ def _in_place(stage: Stage) -> dict[Key, Key]:
 
 def _place(spans: list[_Span]) -> int:
     """First fit, the largest first; returns the bytes needed."""
-    placed: list[_Span] = []
+    taken: list[set[tuple[int, int]]] = [
+        set() for _ in range(1 + max((s.last for s in spans), default=0))
+    ]
     for span in sorted(spans, key=lambda s: (-s.size, s.first)):
-        rivals = sorted(
-            (p for p in placed if p.first <= span.last and span.first <= p.last),
-            key=lambda p: p.place,
-        )
+        stages = taken[span.first : span.last + 1]
         span.place = 0
-        for rival in rivals:
-            if span.place + span.size <= rival.place:
+        for place, end in sorted(set().union(*stages)):
+            if span.place + span.size <= place:
                 break
-            span.place = max(span.place, rival.place + rival.size)
-        placed.append(span)
+            span.place = max(span.place, end)
+        for stage in stages:
+            stage.add((span.place, span.place + span.size))
     return max((s.place + s.size for s in spans), default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.errors import ModelFileError
 from octavo.graph.tensors import StoredTensor
@@ -18,12 +19,15 @@ BLOCKS = {layout.name: layout for layout in (*SIMPLE, *K_QUANTS)}
 SUPPORTED = (*DENSE, *BLOCKS)
 
 
-def read_tensor(info: TensorInfo, buffer: mmap.mmap) -> StoredTensor:
+def read_tensor(
+    info: TensorInfo, buffer: mmap.mmap, rows: NDArray[np.int64] | None = None
+) -> StoredTensor:
     """See a tensor of a mapped file as its stored form; the file stays mapped while it lives.
 
     Args:
         info: its place, already checked against the file.
         buffer: the whole file.
+        rows: another order of all its rows, which takes a copy; None for the file's.
 
     Raises:
         ModelFileError: its format is not supported.
@@ -34,6 +38,8 @@ def read_tensor(info: TensorInfo, buffer: mmap.mmap) -> StoredTensor:
             f"that holds only {', '.join(SUPPORTED)}"
         )
     data = np.frombuffer(buffer, np.uint8, info.nbytes, info.offset)
+    if rows is not None:
+        data = data.reshape(info.shape[0], -1)[rows].reshape(-1)
     if info.type in DENSE:
         return read_dense(info.type, data, info.shape)
     if len(info.shape) != 2:
