@@ -1,7 +1,8 @@
 // Causal attention over the paged KV cache, one kernel for prefill and decode.
 //
 // One call handles a tile of query tokens of one sequence and the heads of one kv head: up to a few dozen rows that share every
-// load and conversion of K and V, which are float16 or int8 (T below: uint16_t, int8_t). K and V come in tiles of 64 tokens aligned to absolute positions:
+// load and conversion of K and V, which are float16 or int8 (T below: uint16_t, int8_t). K and V come in tiles of 64 tokens
+// aligned to absolute positions:
 //   scores   tokens in lanes (K blocks are [head_dim][block_size]), so a score is one lane's sum over head_dim, in order;
 //   softmax  online: the row's maximum and sum follow tile after tile, and sums stay in lanes until the end;
 //   values   head_dim in lanes, tokens one after another.
@@ -35,6 +36,7 @@ template <typename T>
 struct Blocks {
   const T* k[kMostBlocks];
   const T* v[kMostBlocks];
+  const T* next[kMostBlocks];  // K of the tile that follows, if one does
   float score_scales[kTile];   // with AttentionArgs::scale inside
   float weight_scales[kTile];  // int8 alone
 };
@@ -91,19 +93,36 @@ OCTAVO_INLINE f32x16 load_tokens(const T* low, const T* high) {
   return load_elements(low);
 }
 
+// The same pointer, but GCC reads what it points to anew for each vector: AVX2 has no register left to keep it.
+template <int kCount>
+OCTAVO_INLINE const float* again(const float* p) {
+#if defined(OCTAVO_ISA_AVX2)
+  if constexpr (kCount > 1) asm volatile("" : "+r"(p));
+#endif
+  return p;
+}
+
+// Where 16 tokens of a tile lie, of which the latter eight may be in another block, and their V, which scores ask for.
+template <typename T>
+struct Tokens {
+  const T *low, *high;
+  const T *v_low, *v_high;
+};
+
 // Scores of kRows rows against kCount vectors of tokens.
 template <int kRows, int kCount, bool kHalves, typename T>
-void score(const float* query, const T* const* low, const T* const* high, int64_t stride, int64_t head_dim, float* out) {
+void score(const float* query, const Tokens<T>* tokens, int64_t stride, int64_t head_dim, float* out) {
   f32x16 sums[kRows][kCount];
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kCount; ++c) sums[r][c] = set1(0.0f);
   }
   for (int64_t d = 0; d < head_dim; ++d) {
-    f32x16 k[kCount];
-    for (int c = 0; c < kCount; ++c) k[c] = load_tokens<kHalves>(low[c] + d * stride, high[c] + d * stride);
-    for (int r = 0; r < kRows; ++r) {
-      const f32x16 q = set1(query[d * kRows + r]);
-      for (int c = 0; c < kCount; ++c) sums[r][c] = fma(q, k[c], sums[r][c]);
+    for (int c = 0; c < kCount; ++c) {
+      const f32x16 k = load_tokens<kHalves>(tokens[c].low + d * stride, tokens[c].high + d * stride);
+      __builtin_prefetch(tokens[c].v_low + d * stride);
+      if constexpr (kHalves) __builtin_prefetch(tokens[c].v_high + d * stride);
+      const float* q = again<kCount>(query + d * kRows);
+      for (int r = 0; r < kRows; ++r) sums[r][c] = fma(set1(q[r]), k, sums[r][c]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -112,24 +131,22 @@ void score(const float* query, const T* const* low, const T* const* high, int64_
 }
 
 template <int kRows, typename T, bool kHalves>
-void score_tile(const float* query, const T* const* low, const T* const* high, int64_t count, int64_t stride,
-                int64_t head_dim, float* out) {
+void score_tile(const float* query, const Tokens<T>* tokens, int64_t count, int64_t stride, int64_t head_dim, float* out) {
   constexpr int kWide = kAccumulators / kRows >= 4 ? 4 : kAccumulators / kRows >= 2 ? 2 : 1;
   int64_t c = 0;
   for (; c + kWide <= count; c += kWide) {
-    score<kRows, kWide, kHalves>(query, low + c, high + c, stride, head_dim, out + c * kLanes);
+    score<kRows, kWide, kHalves>(query, tokens + c, stride, head_dim, out + c * kLanes);
   }
   if constexpr (kWide > 2) {
-    for (; c + 2 <= count; c += 2) {
-      score<kRows, 2, kHalves>(query, low + c, high + c, stride, head_dim, out + c * kLanes);
-    }
+    for (; c + 2 <= count; c += 2) score<kRows, 2, kHalves>(query, tokens + c, stride, head_dim, out + c * kLanes);
   }
-  for (; c < count; ++c) score<kRows, 1, kHalves>(query, low + c, high + c, stride, head_dim, out + c * kLanes);
+  for (; c < count; ++c) score<kRows, 1, kHalves>(query, tokens + c, stride, head_dim, out + c * kLanes);
 }
 
-// sums[row][features of kCount vectors] += weights[row][token] * v[token], tokens begin to end in order.
+// sums[row][features of kCount vectors, from d on] += weights[row][token] * v[token], tokens begin to end in order. Asks for the
+// next tile's K meanwhile.
 template <int kRows, int kCount, typename T>
-void add_values(const float* weights, const T* const* blocks, int64_t block_size, int64_t begin, int64_t end,
+void add_values(const float* weights, const Blocks<T>& blocks, int64_t block_size, int64_t begin, int64_t end, int64_t d,
                 int64_t head_dim, float* out) {
   f32x16 sums[kRows][kCount];
   for (int r = 0; r < kRows; ++r) {
@@ -137,13 +154,14 @@ void add_values(const float* weights, const T* const* blocks, int64_t block_size
   }
   for (int64_t token = begin; token < end;) {
     const int64_t block = token / block_size, stop = (block + 1) * block_size < end ? (block + 1) * block_size : end;
-    const T* v = blocks[block] + (token - block * block_size) * head_dim;
-    for (; token < stop; ++token, v += head_dim) {
-      f32x16 value[kCount];
-      for (int c = 0; c < kCount; ++c) value[c] = load_elements(v + c * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const f32x16 weight = set1(weights[r * kTile + token]);
-        for (int c = 0; c < kCount; ++c) sums[r][c] = fma(weight, value[c], sums[r][c]);
+    const int64_t at = (token - block * block_size) * head_dim + d;
+    const T *v = blocks.v[block] + at, *next = blocks.next[block] + at;
+    for (; token < stop; ++token, v += head_dim, next += head_dim) {
+      __builtin_prefetch(next);
+      for (int c = 0; c < kCount; ++c) {
+        const f32x16 value = load_elements(v + c * kLanes);
+        const float* weight = again<kCount>(weights + token);
+        for (int r = 0; r < kRows; ++r) sums[r][c] = fma(set1(weight[r * kTile]), value, sums[r][c]);
       }
     }
   }
@@ -153,26 +171,20 @@ void add_values(const float* weights, const T* const* blocks, int64_t block_size
 }
 
 template <int kRows, typename T>
-void add_values_tile(const float* weights, const T* const* blocks, int64_t block_size, int64_t begin, int64_t end,
+void add_values_tile(const float* weights, const Blocks<T>& blocks, int64_t block_size, int64_t begin, int64_t end,
                      int64_t head_dim, float* out) {
   constexpr int kWide = kAccumulators / kRows >= 4 ? 4 : kAccumulators / kRows >= 2 ? 2 : 1;
-  const T* shifted[kMostBlocks] = {};
-  const int64_t num_blocks = (end + block_size - 1) / block_size;
   int64_t d = 0;
   for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes) {
-    for (int64_t i = 0; i < num_blocks; ++i) shifted[i] = blocks[i] + d;
-    add_values<kRows, kWide>(weights, shifted, block_size, begin, end, head_dim, out + d);
+    add_values<kRows, kWide>(weights, blocks, block_size, begin, end, d, head_dim, out + d);
   }
-  for (; d < head_dim; d += kLanes) {
-    for (int64_t i = 0; i < num_blocks; ++i) shifted[i] = blocks[i] + d;
-    add_values<kRows, 1>(weights, shifted, block_size, begin, end, head_dim, out + d);
-  }
+  for (; d < head_dim; d += kLanes) add_values<kRows, 1>(weights, blocks, block_size, begin, end, d, head_dim, out + d);
 }
 
 template <typename T>
-using ScoreTile = void (*)(const float*, const T* const*, const T* const*, int64_t, int64_t, int64_t, float*);
+using ScoreTile = void (*)(const float*, const Tokens<T>*, int64_t, int64_t, int64_t, float*);
 template <typename T>
-using ValueTile = void (*)(const float*, const T* const*, int64_t, int64_t, int64_t, int64_t, float*);
+using ValueTile = void (*)(const float*, const Blocks<T>&, int64_t, int64_t, int64_t, int64_t, float*);
 
 #if defined(OCTAVO_ISA_AVX512)
 #define OCTAVO_TILES(name, ...)                                                                                        \
@@ -269,16 +281,18 @@ OCTAVO_INLINE int64_t first_position(const Problem& p, int64_t row) {
 // The first segment that any row sees: positions ascend.
 OCTAVO_INLINE int64_t first_segment(const Problem& p) { return first_position(p, 0) / kAttentionSegment; }
 
+// Of the tile that begins with row `first`: tiles are as equal as can be.
 OCTAVO_INLINE int64_t tile_rows(const Problem& p, int64_t first) {
-  return p.num_rows - first < kMostRows ? p.num_rows - first : kMostRows;
+  const int64_t left = p.num_rows - first, tiles = (left + kMostRows - 1) / kMostRows;
+  return (left + tiles - 1) / tiles;
 }
 
 // The queries with rows in lanes' place: one tile's rows side by side for each column.
 void pack_queries(const Problem& p) {
   const AttentionArgs& a = *p.args;
   const int64_t stride = static_cast<int64_t>(a.num_heads) * a.head_dim;
-  for (int64_t first = 0; first < p.num_rows; first += kMostRows) {
-    const int64_t rows = tile_rows(p, first);
+  for (int64_t first = 0, rows; first < p.num_rows; first += rows) {
+    rows = tile_rows(p, first);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first + r;
       const float* query = a.query + (p.row_begin + row / p.group) * stride + (p.kv_head * p.group + row % p.group) * a.head_dim;
@@ -331,29 +345,32 @@ void finish_rows(const Problem& p, const Partial& total) {
   }
 }
 
-// Ask for the lines of a block's part that are about to be read: blocks lie scattered, so hardware cannot foresee the next.
-OCTAVO_INLINE void prefetch(const uint8_t* begin, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i);
-}
-
 // The part of p's kv head of the block of a sequence.
 OCTAVO_INLINE int64_t part_of(const Problem& p, int64_t block) {
   return (p.block_table[block] * static_cast<int64_t>(p.args->num_kv_heads) + p.kv_head) * p.args->head_bytes;
 }
 
-// The tile of K and V of `tokens` tokens from `start`.
+// The tile of K and V from token `start`, of `left` tokens. Blocks lie scattered, so hardware cannot foresee the next: scores ask
+// for the lines of V, values for those of the next tile's K, one by one, as many at once would stall everything behind them.
 template <typename T>
-void find_blocks(const Problem& p, int64_t start, int64_t tokens, Blocks<T>* blocks) {
+void find_blocks(const Problem& p, int64_t start, int64_t left, Blocks<T>* blocks) {
   const AttentionArgs& a = *p.args;
   const int64_t block_size = a.block_size, elements = a.head_dim * block_size;
-  for (int64_t i = 0; i * block_size < tokens; ++i) {
-    const int64_t at = part_of(p, start / block_size + i);
-    prefetch(a.v_cache + at, a.head_bytes);
-    blocks->k[i] = reinterpret_cast<const T*>(a.k_cache + at);
+  for (int64_t i = 0; i * block_size < kTile && i * block_size < left; ++i) {
+    const int64_t block = start / block_size + i, at = part_of(p, block);
+    blocks->k[i] = blocks->next[i] = reinterpret_cast<const T*>(a.k_cache + at);
     blocks->v[i] = reinterpret_cast<const T*>(a.v_cache + at);
     if constexpr (kHasScales<T>) {
       memcpy(blocks->score_scales + i * block_size, blocks->k[i] + elements, static_cast<size_t>(block_size) * sizeof(float));
       memcpy(blocks->weight_scales + i * block_size, blocks->v[i] + elements, static_cast<size_t>(block_size) * sizeof(float));
+    }
+    if (kTile + i * block_size < left) {
+      const int64_t next = part_of(p, block + kTile / block_size);
+      blocks->next[i] = reinterpret_cast<const T*>(a.k_cache + next);
+      if constexpr (kHasScales<T>) {
+        __builtin_prefetch(blocks->next[i] + elements);
+        __builtin_prefetch(reinterpret_cast<const T*>(a.v_cache + next) + elements);
+      }
     }
   }
   for (int64_t c = 0; c < kTile; c += kLanes) {
@@ -374,16 +391,16 @@ void attend(const Problem& p, const Partial& part, const Blocks<T>& blocks, int6
   if (past <= 0 || unseen >= kTile) return;
   const int64_t skipped = unseen > 0 ? unseen / kLanes : 0;           // vectors of tokens before every window
   const int64_t tokens = past < kTile ? past : kTile, count = (tokens + kLanes - 1) / kLanes;
-  const T *low[kVectors], *high[kVectors];
+  Tokens<T> lanes[kVectors];
   for (int64_t c = 0; c < count; ++c) {
-    const int64_t token = c * kLanes;
-    low[c] = blocks.k[token / block_size] + token % block_size;
-    high[c] = block_size >= kLanes ? low[c] : token + 8 < tokens ? blocks.k[token / 8 + 1] : blocks.k[token / 8];
+    const int64_t token = c * kLanes, block = token / block_size, shift = token % block_size;
+    const int64_t other = block_size < kLanes && token + 8 < tokens ? block + 1 : block;
+    lanes[c] = {blocks.k[block] + shift, blocks.k[other] + shift, blocks.v[block] + shift, blocks.v[other] + shift};
   }
   float* weights = p.scratch.weights + first * kTile;
   float* sums = part.sums + first * head_dim;
   const ScoreTile<T>* tiles = block_size >= kLanes ? kScoreTiles<T, false> : kScoreTiles<T, true>;
-  tiles[rows - 1](p.scratch.query + first * head_dim, low + skipped, high + skipped, count - skipped, block_size, head_dim,
+  tiles[rows - 1](p.scratch.query + first * head_dim, lanes + skipped, count - skipped, block_size, head_dim,
                   weights + skipped * kLanes);
 
   Seen seen[kMostRows];
@@ -397,7 +414,7 @@ void attend(const Problem& p, const Partial& part, const Blocks<T>& blocks, int6
   // position; what comes before and after is each row's own.
   const auto add = [&](int64_t r, int64_t count_rows, int64_t begin, int64_t end) {
     if (begin >= end) return;
-    kValueTiles<T>[count_rows - 1](weights + r * kTile, blocks.v, block_size, begin, end, head_dim, sums + r * head_dim);
+    kValueTiles<T>[count_rows - 1](weights + r * kTile, blocks, block_size, begin, end, head_dim, sums + r * head_dim);
   };
   for (int64_t r = 0; r < rows; r += kMostValueRows) {
     const int64_t together = rows - r < kMostValueRows ? rows - r : kMostValueRows;
@@ -414,14 +431,10 @@ void attend(const Problem& p, const Partial& part, const Blocks<T>& blocks, int6
 
 template <typename T>
 void attend_tiles(const Problem& p, const Partial& part, int64_t begin, int64_t last) {
-  const AttentionArgs& a = *p.args;
   for (int64_t start = begin; start < last; start += kTile) {
     Blocks<T> blocks = {};
-    find_blocks(p, start, last - start < kTile ? last - start : kTile, &blocks);
-    for (int64_t i = 0; i * a.block_size < last - start - kTile && i * a.block_size < kTile; ++i) {
-      prefetch(a.k_cache + part_of(p, (start + kTile) / a.block_size + i), a.head_bytes);
-    }
-    for (int64_t first = 0; first < p.num_rows; first += kMostRows) {
+    find_blocks(p, start, last - start, &blocks);
+    for (int64_t first = 0; first < p.num_rows; first += tile_rows(p, first)) {
       attend(p, part, blocks, start, first, tile_rows(p, first));
     }
   }
