@@ -20,8 +20,7 @@ namespace OCTAVO_NS {
 
 namespace {
 
-constexpr int kChunk = 256;  // k's whose codes are taken apart at a time, for up to so many rows
-constexpr int kChunkRows = 96;
+constexpr int kChunk = 256;  // k's whose codes are taken apart at a time
 
 struct GroupedPanel {
   const uint8_t* data;
@@ -219,17 +218,12 @@ __attribute__((noinline)) void chunk_tile(const Chunk& chunk, int64_t groups, Ze
   }
 }
 
-OCTAVO_INLINE QuantizedRows rows_from(const QuantizedRows& rows, int64_t row, int64_t g, int64_t group) {
-  const int64_t at = g * rows.stride + row;
-  return {rows.codes + at * group, rows.scales + at, rows.sums + 2 * at, rows.scaled_sums + at, rows.stride};
-}
-
-// Up to kChunkRows rows of kTileVectors vectors of columns.
+// All rows of kTileVectors vectors of columns.
 template <int kBits, int kGroup>
 void chunked_rows(const GroupedPanel& panel, int64_t column, const QuantizedRows& rows, const Output& to, int64_t count) {
   constexpr int64_t kGroups = kChunk / kGroup;
   Chunk chunk;
-  alignas(64) float sum[kChunkRows][kTileVectors * kLanes] = {};
+  alignas(64) float sum[kRowBlock][kTileVectors * kLanes] = {};
   const Zero zero = zero_of<kBits>(panel);
   for (int64_t first = 0; first < panel.groups; first += kGroups) {
     const int64_t groups = panel.groups - first < kGroups ? panel.groups - first : kGroups;
@@ -261,14 +255,8 @@ void grouped_rows(const GroupedPanel& panel, const QuantizedRows& rows, const Ou
     return;
   }
   if constexpr (kHasSmallPlane) {
-    int64_t row = 0;
-    for (int64_t parts = (count + kChunkRows - 1) / kChunkRows; parts > 0; --parts) {
-      const int64_t taken = (count - row + parts - 1) / parts;
-      const QuantizedRows x = rows_from(rows, row, 0, kGroup);
-      for (int64_t column = 0; column < kPanel && column < to.columns; column += kTileVectors * kLanes) {
-        chunked_rows<kBits, kGroup>(panel, column, x, at_column(at_row(to, row), column), taken);
-      }
-      row += taken;
+    for (int64_t column = 0; column < kPanel && column < to.columns; column += kTileVectors * kLanes) {
+      chunked_rows<kBits, kGroup>(panel, column, rows, at_column(to, column), count);
     }
   }
 }

@@ -13,6 +13,10 @@ namespace octavo {
 // Columns (output features) of a panel: the unit of packing and of work for a linear operator.
 constexpr int64_t kPanel = 32;
 
+// Rows of a linear operator that are multiplied at once, and the other unit of its work: their codes stay in the second cache while panels
+// pass, and unpacking a panel's codes is shared by all of them.
+constexpr int64_t kRowBlock = 96;
+
 enum class WeightKind : int32_t { kGrouped, kF32, kF16, kBF16 };
 
 // A weight repacked for linear and embed_row: panels of 32 columns, the last one padded with zeros, about as large as in the file.
@@ -55,12 +59,18 @@ struct QuantizedRows {
   int64_t stride;      // at least the rows, see quantized_stride
 };
 
+// The rows from `row` on, the columns from group g on.
+static inline QuantizedRows rows_from(const QuantizedRows& rows, int64_t row, int64_t g, int64_t group) {
+  const int64_t at = g * rows.stride + row;
+  return {rows.codes + at * group, rows.scales + at, rows.sums + 2 * at, rows.scaled_sums + at, rows.stride};
+}
+
 // Odd, so that groups do not fall onto the same lines of a cache.
 static inline int64_t quantized_stride(int64_t rows) { return rows | 1; }
 
 struct LinearArgs {
   const PackedWeight* weight;
-  int64_t rows;
+  int64_t rows;            // at most kRowBlock
   const float* x;          // [rows][k], dense weights
   QuantizedRows quantized; // grouped weights
   float* out;              // [rows][out_stride]

@@ -20,8 +20,6 @@ void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Query rows (tokens times heads of a group) that share a tile of K and V: enough to pay for its conversion from float16.
 constexpr int64_t kAttentionRows = 48;
 
@@ -224,9 +222,9 @@ int64_t Program::count_items(const Stage& stage, int64_t* chunk) const {
     int64_t panels = 0;
     for (const LinearPart& part : stage.parts) panels += divide_up(weights_.matrix(part.weight).n, kPanel);
     const int64_t k = weights_.matrix(stage.parts[0].weight).k;
-    *chunk = std::max<int64_t>(1, kOpsPerItem / (kPanel * k * (rows + 3)));
+    *chunk = std::max<int64_t>(1, kOpsPerItem / (kPanel * k * (std::min(rows, kRowBlock) + 3)));
     *chunk = std::max<int64_t>(1, std::min(*chunk, panels / (4 * pool_.num_threads())));
-    return divide_up(panels, *chunk);
+    return divide_up(rows, kRowBlock) * divide_up(panels, *chunk);
   }
   const int64_t tiles = static_cast<int64_t>(attention_items_.size()) * caches_[static_cast<size_t>(stage.cache)].num_kv_heads;
   if (stage.kind == Stage::Kind::kMerge) return segments_ == 1 ? 0 : tiles;

@@ -59,6 +59,8 @@ struct CacheGeometry {       // of one attention operator
   int factors, inverses;     // vectors [num_kv_heads * head_dim]; -1 unless K and V are int8
 };
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Stage {
   enum class Kind { kRows, kLinear, kAttention, kMerge };
   Kind kind;
@@ -152,7 +154,7 @@ class Program final : private Job {
   int64_t count_items(const Stage& stage, int64_t* chunk) const;
   void run_rows(const Stage& stage, int64_t begin, int64_t end);
   void run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t stage_rows);
-  void run_linear(const Stage& stage, int64_t begin, int64_t end);
+  void run_linear(const Stage& stage, int64_t item, int64_t chunk);
   void run_attention(const Stage& stage, int64_t item, int thread);
   void run_merge(const Stage& stage, int64_t item);
   float* partials(const CacheGeometry& geometry, const AttentionItem& tile, int64_t kv_head, int64_t* stride);

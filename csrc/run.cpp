@@ -20,7 +20,7 @@ void Program::work(int64_t stage_number, int64_t item, int thread) {
   } else if (stage.kind == Stage::Kind::kMerge) {
     run_merge(stage, item);
   } else if (stage.kind == Stage::Kind::kLinear) {
-    run_linear(stage, begin, begin + chunks_[index]);
+    run_linear(stage, item, chunks_[index]);
   } else {
     run_rows(stage, begin, begin + chunks_[index]);
   }
@@ -93,23 +93,29 @@ QuantizedRows Program::quantized_rows(int id, int64_t rows) {
           at(place.scaled_sums), quantized_stride(rows)};
 }
 
-void Program::run_linear(const Stage& stage, int64_t begin, int64_t end) {
+// Item after item takes other panels of the same rows, then the next rows.
+void Program::run_linear(const Stage& stage, int64_t item, int64_t chunk) {
+  const int64_t all_rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
+  int64_t all_panels = 0;
+  for (const LinearPart& part : stage.parts) all_panels += divide_up(weights_.matrix(part.weight).n, kPanel);
+  const int64_t items = divide_up(all_panels, chunk), row = item / items * kRowBlock;
+  int64_t begin = item % items * chunk, end = begin + chunk;
   LinearArgs args{};
-  args.rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
+  args.rows = std::min(kRowBlock, all_rows - row);
   if (stage.quantized >= 0) {
-    args.quantized = quantized_rows(stage.quantized, args.rows);
+    args.quantized = rows_from(quantized_rows(stage.quantized, all_rows), row, 0, weights_.matrix(stage.parts[0].weight).group);
   } else {
-    args.x = at(stage.x);
+    args.x = at(stage.x) + row * weights_.matrix(stage.parts[0].weight).k;
   }
   for (const LinearPart& part : stage.parts) {
     const PackedWeight& weight = weights_.matrix(part.weight);
-    const int64_t panels = (weight.n + kPanel - 1) / kPanel;
+    const int64_t panels = divide_up(weight.n, kPanel);
     if (begin < panels && end > 0) {
       args.weight = &weight;
-      args.out = at(part.out);
+      args.out = at(part.out) + row * weight.n;
       args.out_stride = weight.n;
       args.bias = part.bias < 0 ? nullptr : weights_.vector(part.bias);
-      args.residual = part.residual < 0 ? nullptr : at(part.residual);
+      args.residual = part.residual < 0 ? nullptr : at(part.residual) + row * weight.n;
       kernels_.linear(&args, std::max<int64_t>(begin, 0), std::min(end, panels));
     }
     begin -= panels;
