@@ -37,7 +37,7 @@ FLAGS = {
 def free(isa: str, *arguments: object) -> tuple[str, float]:
     """The fastest variant and its seconds."""
     flags = ["-O3", "-ffp-contract=off", f"-I{CSRC}", *FLAGS[isa].split()]
-    program = build("free_order", flags, [CSRC / "simd.h"])
+    program = build("free_order", flags, [CSRC / "simd.h", CSRC / "dot.h"])
     command = [str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     variants: dict[str, float] = json.loads(done.stdout)

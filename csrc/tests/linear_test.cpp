@@ -204,10 +204,8 @@ Stored make_weight(int64_t n, int64_t k, int group, int bits, int zero, bool min
   Stored w{n, k, group, bits, zero, {}, {}, {}, {}};
   const int top = (1 << bits) - 1;
   for (int64_t i = 0; i < n * k; ++i) w.codes.push_back(integer(0, 3) == 0 ? top : integer(0, top));
-  for (int64_t j = 0; j < k; ++j) {  // the greatest sums that there can be, with two rows of make_rows
-    w.codes[static_cast<size_t>(j)] = 0;
-    w.codes[static_cast<size_t>((n - 1) * k + j)] = top;
-  }
+  // The greatest sums that there can be, with two rows of make_rows.
+  for (int64_t j = 0; j < k; ++j) w.codes[static_cast<size_t>(j)] = 0, w.codes[static_cast<size_t>((n - 1) * k + j)] = top;
   w.scales = store_scales(w, two_level, false);
   if (minimums) w.minimums = store_scales(w, two_level, true);
   return w;
@@ -395,9 +393,7 @@ std::vector<float> make_rows(int64_t rows, int64_t k) {
   std::vector<float> x;
   for (int64_t i = 0; i < rows * k; ++i) x.push_back(real() * std::ldexp(1.0f, integer(-6, 6)));
   for (int64_t i = 0; i < 16 && i < k; ++i) x[static_cast<size_t>(i)] = i % 2 == 0 ? 0.0f : -0.0f;  // a group of zeros
-  if (k >= 32) {
-    for (int64_t i = 16; i < 32; ++i) x[static_cast<size_t>(i)] = i % 2 == 0 ? 0.0f : -0.0f;
-  }
+  for (int64_t i = 16; i < 32 && k >= 32; ++i) x[static_cast<size_t>(i)] = i % 2 == 0 ? 0.0f : -0.0f;
   for (int64_t i = 3 * k; i < 5 * k; ++i) x[static_cast<size_t>(i)] = i < 4 * k ? 1.0f : -1.0f;  // see make_weight
   return x;
 }
@@ -459,9 +455,8 @@ void test_every_width() {
           w.planes.push_back(store_plane(w, two_level ? 32 : group, 1, bits - 1,
                                          variant % 2 == 0 ? Order::kPairs : Order::kHalves, bits == 5 ? 0xff : 0, 1));
         }
-        const std::string name =
-            "bits " + std::to_string(bits) + " group " + std::to_string(group) + " variant " + std::to_string(variant);
-        check_grouped(w, name, kFewCounts);
+        const std::string name = "bits " + std::to_string(bits) + " group " + std::to_string(group);
+        check_grouped(w, name + " variant " + std::to_string(variant), kFewCounts);
       }
     }
   }
@@ -503,14 +498,12 @@ void test_dense() {
         float value = real();
         const uint32_t wide = bits(value);
         auto half = static_cast<uint16_t>(wide >> 16);
-        if (kind == WeightKind::kF16)
-          half = static_cast<uint16_t>(integer(0, 1) << 15 | integer(0, 14) << 10 | integer(0, 1023));
+        if (kind == WeightKind::kF16) half = static_cast<uint16_t>(integer(0, 1) << 15 | integer(0, 14) << 10 | integer(0, 1023));
         if (kind == WeightKind::kF16) value = from_f16(half);
         if (kind == WeightKind::kBF16) value = from_bf16(half);
         truth.push_back(value);
         uint8_t* to = data.data() + row * row_stride + j * size;
-        if (size == 4) std::memcpy(to, &value, 4);
-        else std::memcpy(to, &half, 2);
+        std::memcpy(to, size == 4 ? static_cast<const void*>(&value) : &half, static_cast<size_t>(size));
       }
     }
     const DenseView view{n, k, kind, data.data(), row_stride};
@@ -524,8 +517,8 @@ void test_dense() {
     for (int64_t row = 0; row < 100; ++row) {
       for (int64_t column = 0; column < n; ++column) {
         float c = 0.0f;
-        for (int64_t j = 0; j < k; ++j)
-          c = std::fma(truth[static_cast<size_t>(column * k + j)], x[static_cast<size_t>(row * k + j)], c);
+        const auto at = static_cast<size_t>(column * k), x_at = static_cast<size_t>(row * k);
+        for (size_t j = 0; j < static_cast<size_t>(k); ++j) c = std::fma(truth[at + j], x[x_at + j], c);
         products.push_back(c);
       }
     }
