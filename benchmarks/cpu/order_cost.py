@@ -5,7 +5,8 @@
 native/free_order.cpp holds the free kernels, several ways to break up each sum; the fastest of them
 counts. Both sides run the same shapes with the same bytes (Q4_1 products; attention of a decode
 step over float16 K and V), on one thread of the best instruction set, in turns. The bitwise
-guarantee costs (fixed / free - 1); it may be below zero, since the free kernels are plain.
+guarantee costs (fixed / free - 1), with the medians last; it may be below zero, since the free
+kernels are plain.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -90,6 +92,9 @@ def main() -> None:
     options.attention = [case for case in operators.ATTENTION if case[0] == "decode"]
     isa = next(i for i in FLAGS if _native.has_isa(i))
     records = measure(options, isa)
+    for what in ("linear", "attention"):
+        costs = [r["cost"] for r in records if ("attention" in r["what"]) == (what == "attention")]
+        print(f"{what}: median of {len(costs)} {statistics.median(costs):+.1%}", file=sys.stderr)
     if options.json:
         print(json.dumps(records, indent=1))
     if options.save:

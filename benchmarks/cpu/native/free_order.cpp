@@ -66,7 +66,7 @@ struct Rows {
 
 // kRows rows of a panel; group g goes to chain g % kChains.
 template <int kRows, int kChains>
-void tile(const Weights& w, const Rows& x, int64_t groups, float* out, int64_t stride) {
+void tile(const Weights& w, const Rows& x, int64_t groups, const float* residual, float* out, int64_t stride) {
   f32x16 c[kChains][kRows][2];
   for (int s = 0; s < kChains; ++s) {
     for (int i = 0; i < kRows; ++i) c[s][i][0] = c[s][i][1] = set1(0.0f);
@@ -103,19 +103,20 @@ void tile(const Weights& w, const Rows& x, int64_t groups, float* out, int64_t s
     for (int h = 0; h < 2; ++h) {
       f32x16 total = c[0][i][h];
       for (int s = 1; s < kChains; ++s) total = total + c[s][i][h];
-      store(out + i * stride + h * kLanes, total);
+      store(out + i * stride + h * kLanes, total + load(residual + i * stride + h * kLanes));
     }
   }
 }
 
 template <int kRows, int kChains>
-void panel(const Weights& w, Rows x, int64_t rows, int64_t groups, float* out, int64_t stride) {
+void panel(const Weights& w, Rows x, int64_t rows, int64_t groups, const float* residual, float* out, int64_t stride) {
   for (; rows > 0; rows -= kRows) {
-    if (rows < kRows) return panel<(kRows > 1 ? kRows - 1 : 1), kChains>(w, x, rows, groups, out, stride);
-    tile<kRows, kChains>(w, x, groups, out, stride);
+    if (rows < kRows) return panel<(kRows > 1 ? kRows - 1 : 1), kChains>(w, x, rows, groups, residual, out, stride);
+    tile<kRows, kChains>(w, x, groups, residual, out, stride);
     x.codes += kRows * groups * kGroup;
     x.scales += kRows * groups;
     x.sums += kRows * groups;
+    residual += kRows * stride;
     out += kRows * stride;
   }
 }
@@ -130,13 +131,14 @@ void time_linear(const char* comma, int64_t rows, int64_t n, int64_t k) {
   auto* minimum = make<uint16_t>(scales * copies);
   const Rows x = {make<int8_t>(static_cast<size_t>(rows * k)), make<float>(static_cast<size_t>(rows * groups)),
                   make<float>(static_cast<size_t>(rows * groups))};
-  auto* out = make<float>(static_cast<size_t>(rows * n));
+  auto* out = make<float>(static_cast<size_t>(2 * rows * n));  // each product adds the one before, as in operators.py
   const double seconds = best_of([&] {
     for (size_t copy = 0; copy < copies; ++copy) {
+      const int64_t from = copy % 2 == 0 ? 0 : rows * n, to = rows * n - from;
       for (int64_t p = 0; p < panels; ++p) {
         const auto at = static_cast<int64_t>(copy) * panels + p;
         const Weights w = {codes + at * (k / 4) * 64, scale + at * groups * kColumns, minimum + at * groups * kColumns};
-        panel<kRows, kChains>(w, x, rows, groups, out + p * kColumns, n);
+        panel<kRows, kChains>(w, x, rows, groups, out + from + p * kColumns, out + to + p * kColumns, n);
       }
     }
   });
