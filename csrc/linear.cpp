@@ -43,11 +43,7 @@ OCTAVO_INLINE f32x16 load_dense(const uint8_t* data, int64_t index) {
 template <WeightKind kKind, int kRows, int kVectors>
 void dense_tile(const uint8_t* data, const float* x, int64_t k, const Output& to) {
   f32x16 c[kRows][kVectors];
-  OCTAVO_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    OCTAVO_UNROLL
-    for (int v = 0; v < kVectors; ++v) c[i][v] = set1(0.0f);
-  }
+  clear(c);
   constexpr int64_t kElement = kKind == WeightKind::kF32 ? 4 : 2;
   for (int64_t j = 0; j < k; ++j) {
     f32x16 w[kVectors];

@@ -98,10 +98,11 @@ void Program::run_linear(const Stage& stage, int64_t item, int64_t chunk) {
   const int64_t all_rows = stage.selected ? batch_->num_selected : batch_->num_tokens;
   int64_t all_panels = 0;
   for (const LinearPart& part : stage.parts) all_panels += divide_up(weights_.matrix(part.weight).n, kPanel);
-  const int64_t items = divide_up(all_panels, chunk), row = item / items * kRowBlock;
+  const int64_t rows = divide_up(all_rows, divide_up(all_rows, kRowBlock));  // of a block: as equal as can be
+  const int64_t items = divide_up(all_panels, chunk), row = item / items * rows;
   int64_t begin = item % items * chunk, end = begin + chunk;
   LinearArgs args{};
-  args.rows = std::min(kRowBlock, all_rows - row);
+  args.rows = std::max<int64_t>(0, std::min(rows, all_rows - row));
   if (stage.quantized >= 0) {
     args.quantized = rows_from(quantized_rows(stage.quantized, all_rows), row, 0, weights_.matrix(stage.parts[0].weight).group);
   } else {

@@ -54,6 +54,15 @@ OCTAVO_INLINE void for_tiles(int64_t count, const F& f) {
   }
 }
 
+template <int kRows, int kVectors>
+OCTAVO_INLINE void clear(f32x16 (&c)[kRows][kVectors]) {
+  OCTAVO_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    OCTAVO_UNROLL
+    for (int v = 0; v < kVectors; ++v) c[i][v] = set1(0.0f);
+  }
+}
+
 struct Output {  // of a tile: its first row, its first column
   float* out;
   const float* bias;      // or null
