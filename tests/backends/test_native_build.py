@@ -1,4 +1,4 @@
-"""The native code as a build: test programs under sanitizers, kernels that export no weak code."""
+"""The native code as a build: test programs under sanitizers and on ARM64, no weak symbols."""
 
 from __future__ import annotations
 
@@ -62,6 +62,26 @@ def run(command: list[str]) -> str:
 @pytest.mark.parametrize("program", ["kernel_test", "linear_test"])
 def test_programs_run_clean_under_sanitizers(build: Path, program: str) -> None:
     run([str(build / program)])
+
+
+@pytest.fixture(scope="module")
+def arm64_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test programs for ARM64, by a cross compiler."""
+    if shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64") is None:
+        pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")
+    folder = tmp_path_factory.mktemp("arm64")
+    options = ["-DOCTAVO_TESTS=ON", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"]
+    options += ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
+    options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find('ninja')}"]
+    run([find("cmake"), "-S", str(ROOT), "-B", str(folder), *options])
+    run([find("cmake"), "--build", str(folder), "--parallel", "2"])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["kernel_test", "linear_test"])
+def test_programs_run_on_arm64(arm64_build: Path, program: str) -> None:
+    run(["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(arm64_build / program)])
 
 
 @pytest.mark.slow
