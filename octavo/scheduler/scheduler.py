@@ -75,7 +75,11 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: EngineConfig, capacity: Capacity, eos_token_ids: frozenset[int]
+        self,
+        config: EngineConfig,
+        capacity: Capacity,
+        eos_token_ids: frozenset[int],
+        cache: KVCacheManager | None = None,
     ) -> None:
         """Start without requests.
 
@@ -83,13 +87,16 @@ class Scheduler:
             config: gives the limits of a step and of the queue, the policy and the prefix cache.
             capacity: gives the KV pool and max_model_len.
             eos_token_ids: tokens that end a sequence unless its request ignores them.
+            cache: hands out the pool's blocks; None makes one. Benchmarks put other policies here.
         """
         self._config = config
         pool = capacity.kv_pool
         self._block_size = pool.block_size
         self._limits = RequestLimits(capacity)
         self._eos_token_ids = eos_token_ids
-        self._cache = KVCacheManager(pool.num_blocks, pool.block_size, config.use_prefix_cache)
+        self._cache = cache or KVCacheManager(
+            pool.num_blocks, pool.block_size, config.use_prefix_cache
+        )
         self._requests: dict[str, Request] = {}
         self._waiting = RankedList()
         self._shares = PromptShares()
