@@ -100,7 +100,7 @@ def draw_grid(
         chosen = [
             r
             for r in records
-            if "curve" in r and r["overhead"] and (r["model"], r["source"]) == (model, source)
+            if "curve" in r and r["has_overhead"] and (r["model"], r["source"]) == (model, source)
         ]
         chosen.sort(key=lambda r: list(COLORS).index(r["system"]))
         draw_curves(axes, chosen, title)
@@ -128,12 +128,32 @@ def draw_batches(records: list[Record]) -> plt.Figure:
     return figure
 
 
+def draw_sharing(records: list[Record]) -> plt.Figure:
+    """Figure 15: blocks that samples and beams save, and the paper's ranges."""
+    paper = {"samples": (6.1, 9.8, 16.2, 30.5), "beams": (37.6, 55.2, 44.3, 66.3)}
+    figure, both = plt.subplots(1, 2, figsize=(8.5, 3.6), dpi=120)
+    for axes, (kind, said) in zip(both, paper.items(), strict=True):
+        for place, source in enumerate(("Alpaca", "ShareGPT")):
+            low, high = said[2 * place : 2 * place + 2]
+            axes.axhspan(low, high, color=f"C{place}", alpha=0.15, label=f"{source}, paper")
+            points = sorted(
+                (int(r["source"].split()[1]), 100 * r["saved"])
+                for r in records
+                if "saved" in r and r["source"].startswith(source) and kind in r["source"]
+            )
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{place}", label=source)
+        axes.set(title=f"15: {kind}", xlabel=f"{kind} a request", ylabel="percent of blocks saved")
+        axes.set_ylim(0)
+        axes.legend(fontsize=8)
+    return figure
+
+
 def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figures", type=pathlib.Path)
     options = parser.parse_args()
-    records = json.loads(options.figures.read_text())["tasks"]
+    records = json.loads(options.figures.read_text())["records"]
     models = ("OPT-13B", "OPT-66B", "OPT-175B")
     curves = [
         (model, source, f"12: {model}, {source}")
@@ -147,6 +167,7 @@ def main() -> None:
         "memory": draw_memory(records),
         "latency": draw_grid(records, curves, 3),
         "batches": draw_batches(records),
+        "sharing": draw_sharing(records),
         "prefix": draw_grid(records, prefixes, 2),
         "chat": draw_grid(records, [("OPT-13B", "chat", "17: chatbot")], 1),
     }

@@ -1,14 +1,15 @@
-"""Requests that have tokens in common: one prefix for all (figure 16), conversations (figure 17).
+"""Requests that have tokens in common: samples, beams, a prefix, a conversation (figures 14 to 17).
 
-Their ids matter, to the prefix cache: each request owns a range of ids that counts upwards.
+Where the prefix cache is to find them, ids matter: a request owns a range of ids, counting upwards.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
-from workload import MAX_LENGTH, Job, Quantiles
+from workload import MAX_LENGTH, Dataset, Job, Quantiles, poisson_trace
 
 FIRST_OWN_ID = 1_000_000
 """Ids below it belong to the prefix that all share."""
@@ -38,6 +39,16 @@ NUM_TURNS = 5000
 """How many turns are drawn before they are shuffled."""
 MEAN_TURNS = 5.0
 """Turns of a conversation drawn from the tables above, cut at HISTORY_CUT."""
+
+
+def groups(
+    dataset: Dataset, width: int, is_beam_search: bool, rate: float, duration_s: float
+) -> list[Job]:
+    """Requests for several samples, or beams, of one length each."""
+    return [
+        dataclasses.replace(job, width=width, is_beam_search=is_beam_search)
+        for job in poisson_trace(dataset, rate, duration_s)
+    ]
 
 
 def translations(num_prefix: int, rate: float, duration_s: float, seed: int = 1) -> list[Job]:

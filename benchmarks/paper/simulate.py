@@ -6,10 +6,13 @@ for each sequence that wants one; requests arrive meanwhile and are added before
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import policies
+from beams import next_tokens
 from cost import CONTIGUOUS_KERNEL, NO_OVERHEAD, PAGED_KERNEL, PYTHON, Model, Overhead, StepCost
 from policies import BatchCache, ReservingCache
 from workload import MAX_LENGTH, Job
@@ -84,12 +87,14 @@ class Memory:
         final: slots that the running sequences will have filled (baselines).
         wanted: slots that were asked for (baselines).
         taken: slots that are not free.
+        unshared: slots of blocks that sequences would take if each had its own (several samples).
     """
 
     held: float = 0.0
     final: float = 0.0
     wanted: float = 0.0
     taken: float = 0.0
+    unshared: float = 0.0
 
 
 @dataclass
@@ -100,6 +105,7 @@ class Result:
         normalized_latency: mean over requests of seconds from arrival to the end, over its tokens.
         num_batched: mean number of sequences in a step of the window.
         memory: integrated over `window_s`.
+        num_copies: blocks that were copied because others held them too.
         hit_rate: prompt tokens that the prefix cache served, over all.
         is_complete: False if it was ended early: the latency is a lower bound then.
     """
@@ -110,6 +116,7 @@ class Result:
     memory: Memory = field(default_factory=Memory)
     num_steps: int = 0
     num_preemptions: int = 0
+    num_copies: int = 0
     hit_rate: float = 0.0
     is_complete: bool = True
 
@@ -171,6 +178,10 @@ class Simulation:
         self._tokens = [SampledTokens(row, (TOKEN,)) for row in range(MAX_NUM_SEQS)]
         self._is_counting = jobs[0].tokens is not None  # A row's ids count upwards.
         self._first = [0] * MAX_NUM_SEQS  # The id that a row would have at its first position.
+        self._num_unfinished = [job.width for job in jobs]
+        self._is_group = jobs[0].width > 1
+        self._beam_rows: dict[int, int] = {}  # How many candidates each wants.
+        self._rng = random.Random(1)
         self._ended: list[int] = []  # In a static batch that still runs.
         self._latency = 0.0
         self._result = Result()
@@ -218,26 +229,36 @@ class Simulation:
         result.num_batched = num_window_seqs / max(1, num_window_steps)
         result.num_preemptions = stats.num_preemptions
         result.hit_rate = stats.cache.num_hits / max(1, stats.cache.num_queries)
-        if result.is_complete:
-            assert stats.generation_tokens == sum(job.num_output for job in jobs)
+        if result.is_complete and not jobs[0].is_beam_search:
+            assert stats.generation_tokens == sum(job.num_output * job.width for job in jobs)
         return result
 
     def _add_arrivals(self) -> None:
         """Add who has arrived by now."""
         jobs, cache = self._jobs, self.cache
         while self._num_added < len(jobs) and jobs[self._num_added].arrival <= self._now:
-            job = jobs[self._num_added]
-            if isinstance(cache, ReservingCache):
-                cache.expect(job.num_prompt, job.num_output)
-            request = EngineRequest(
-                request_id=str(self._num_added),
-                prompt_ids=job.prompt_ids(),
-                params=SamplingParams(max_tokens=job.num_output, ignore_eos=True),
-            )
-            self.scheduler.add(request, self._now)
+            self._add(self._num_added, jobs[self._num_added])
             self._num_added += 1
         if isinstance(cache, ReservingCache):
             cache.begin_step()
+
+    def _add(self, at: int, job: Job) -> None:
+        """Add a job; to a system that shares nothing each of its samples is a request."""
+        cache, names = self.cache, [str(at)]
+        params = SamplingParams(max_tokens=job.num_output, ignore_eos=True)
+        if isinstance(cache, ReservingCache):
+            cache.expect(job.num_prompt, job.num_output)
+            names = [f"{at}.{index}" for index in range(job.width)]
+        elif job.is_beam_search:
+            params = msgspec.structs.replace(
+                params, n=job.width, use_beam_search=True, temperature=0.0
+            )
+        elif job.width > 1:
+            params = msgspec.structs.replace(params, n=job.width)
+        prompt_ids = job.prompt_ids()
+        for name in names:
+            request = EngineRequest(request_id=name, prompt_ids=prompt_ids, params=params)
+            self.scheduler.add(request, self._now)
 
     def _compute(self, plan: SchedulerOutput) -> tuple[ModelOutput, float]:
         """The answer to a plan and the time that it takes."""
@@ -247,6 +268,8 @@ class Simulation:
             held[row] = 0
         for new in plan.new_sequences:
             self._first[new.row] = new.token_ids[-1] - len(new.token_ids) + 1
+        if self._is_group:
+            self._follow_forks(plan)
         sampled = []
         num_tokens = pairs = context = 0
         for entry in plan.scheduled:
@@ -259,14 +282,39 @@ class Simulation:
             held[row] = end
             if entry.is_sampling:
                 sampled.append(tokens[row])
+        if self._beam_rows:
+            sampled = [self._search(token.row) for token in sampled]
         if self._is_counting:
             sampled = [SampledTokens(t.row, (self._first[t.row] + held[t.row],)) for t in sampled]
         seconds = self._cost.seconds(len(plan.scheduled), num_tokens, context, pairs / 2)
         return ModelOutput(sampled=tuple(sampled)), seconds
 
+    def _follow_forks(self, plan: SchedulerOutput) -> None:
+        """Note which rows search, and how many blocks are copied."""
+        for row in plan.finished_rows:
+            self._beam_rows.pop(row, None)
+        for fork in plan.forks:
+            self._beam_rows[fork.row] = self._beam_rows[fork.parent_row]
+        for new in plan.new_sequences:
+            if new.params.use_beam_search:
+                assert new.params.logprobs is not None
+                self._beam_rows[new.row] = new.params.logprobs
+        self._result.num_copies += len(plan.copies)
+
+    def _search(self, row: int) -> SampledTokens:
+        """The candidates of a beam."""
+        best = next_tokens(self._rng, self._held[row], self._beam_rows[row])
+        return SampledTokens(row, (best.token_id,), (best,))
+
     def _take(self, updates: Sequence[TokenUpdate]) -> int:
         """Note who has ended; return how many."""
-        ended = [int(u.request_id) for u in updates if u.finish_reason is not None]
+        ended = []
+        for update in updates:
+            if update.finish_reason is not None:
+                at = int(update.request_id.partition(".")[0])
+                self._num_unfinished[at] -= 1
+                if self._num_unfinished[at] == 0:
+                    ended.append(at)
         if self._system.is_static:
             self._ended += ended
             if self.cache.num_referenced_blocks:
@@ -283,6 +331,9 @@ class Simulation:
         self._result.window_s += seconds
         memory.held += self._num_held * seconds
         memory.taken += cache.num_referenced_blocks * cache.block_size * seconds
+        if self._is_group:
+            size = cache.block_size
+            memory.unshared += sum([-(-held // size) for held in self._held]) * size * seconds
         if isinstance(cache, ReservingCache):
             memory.final += cache.num_final * seconds
             memory.wanted += cache.num_wanted * seconds

@@ -107,6 +107,7 @@ class Job:
         arrival: seconds from the start.
         tokens: the ids of its prompt and of what it will be answered; None where ids do not matter.
         shared: how many ids of a common prefix stand before those.
+        width: how many samples, or beams, of that length it asks for.
     """
 
     arrival: float
@@ -114,6 +115,8 @@ class Job:
     num_output: int
     tokens: range | None = None
     shared: int = 0
+    width: int = 1
+    is_beam_search: bool = False
 
     def prompt_ids(self) -> list[int]:
         """The prompt."""

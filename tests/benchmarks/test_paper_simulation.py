@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from statistics import mean
@@ -10,6 +11,7 @@ import pytest
 import sharing
 import simulate
 import workload
+from beams import next_tokens
 from cost import A100_40GB, OPT_13B, OPT_66B, PYTHON, Model, StepCost
 from simulate import Simulation, System
 from sweep import rate_at, sweep
@@ -49,8 +51,9 @@ def test_every_request_ends_with_its_tokens_in_the_pools_slots(system: System, k
 
     def observe(plan: SchedulerOutput, updates: Sequence[TokenUpdate]) -> None:
         for update in updates:
-            tokens[update.request_id] += update.token_ids
-            num_ended[update.request_id] += update.finish_reason == "length"
+            at = update.request_id.partition(".")[0]
+            tokens[at] += update.token_ids
+            num_ended[at] += update.finish_reason == "length"
         cache = simulation.cache
         num_taken = cache.num_referenced_blocks * cache.block_size
         assert 0 <= num_taken <= SMALL.num_slots
@@ -67,6 +70,37 @@ def test_every_request_ends_with_its_tokens_in_the_pools_slots(system: System, k
     assert simulation.cache.num_referenced_blocks == 0
     if not system.use_prefix_cache:
         assert 0 < result.memory.held <= result.memory.taken
+
+
+@pytest.mark.parametrize("is_beam_search", [False, True])
+def test_sequences_of_one_request_share_its_prompts_blocks(is_beam_search: bool) -> None:
+    dataset = workload.synthetic()["ShareGPT"]
+    jobs = sharing.groups(dataset, 3, is_beam_search, rate=1.0, duration_s=20.0)
+    simulation = Simulation(simulate.OCTAVO, OPT_13B, jobs)
+    num_ended: Counter[str] = Counter()
+
+    def observe(plan: SchedulerOutput, updates: Sequence[TokenUpdate]) -> None:
+        for update in updates:
+            num_ended[update.request_id] += update.finish_reason == "length"
+        simulation.scheduler.check_invariants()
+
+    result = simulation.run(observe=observe)
+    assert num_ended == {str(at): 3 for at in range(len(jobs))}
+    assert result.num_copies > 0 and simulation.cache.num_referenced_blocks == 0
+    saved = 1 - result.memory.taken / result.memory.unshared
+    assert saved > (0.45 if is_beam_search else 0.1)
+    apart = simulate.simulate(simulate.ORCA_ORACLE, OPT_13B, jobs)
+    assert apart.normalized_latency > result.normalized_latency and apart.num_copies == 0
+
+
+def test_the_chance_of_candidates_falls_with_their_rank() -> None:
+    rng = random.Random(1)
+    drawn = [next_tokens(rng, place, 8) for place in range(500)]
+    for candidates in drawn:
+        logprobs = [logprob for _, logprob in candidates.top]
+        assert logprobs == sorted(logprobs, reverse=True) and len(logprobs) == 8
+        assert candidates.logprob == logprobs[0] and sum(map(math.exp, logprobs)) < 1
+    assert mean(math.exp(c.logprob) for c in drawn) == pytest.approx(0.67, abs=0.05)
 
 
 def test_paging_under_pressure_preempts_and_reservation_never_does() -> None:
