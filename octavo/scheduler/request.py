@@ -43,6 +43,7 @@ class Request:
         num_unfinished: sequences that have not ended.
         is_started: a sequence of it has run.
         num_cached_tokens: prompt tokens that the prefix cache served when it started.
+        pin_s: how long the prompt stays cached; not 0: room for that is reserved until the end.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class Request:
     num_unfinished: int = 0
     is_started: bool = False
     num_cached_tokens: int = 0
+    pin_s: float = 0.0
 
     @property
     def held(self) -> list[Sequence]:

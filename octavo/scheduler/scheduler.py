@@ -12,20 +12,22 @@ samples the next one. Chunked prefill, prefix caching and preemption follow from
 
 A waiting sequence is admitted with blocks for all its known tokens, and only if one block for each
 running one stays free: so prompts never preempt each other, and newcomers seldom cause preemption.
-The first running one in rank is preempted by nobody and fits into the pool alone: it always
-progresses, hence all do. Knows ids only: no text, no tensors, no clock.
+The first running one in rank is preempted by nobody and fits into the pool alone, where pinned
+prefixes make way for it: it always progresses, hence all do. Knows ids only: no text, no tensors,
+no clock.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequestError, OverloadedError
-from octavo.kv_cache.manager import KVCacheManager
-from octavo.scheduler.limits import RequestLimits
+from octavo.kv_cache.manager import KVCacheManager, PrefixMatch
+from octavo.scheduler.limits import RequestLimits, reserve_pin
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.waiting import DrainRate, RankedList
@@ -36,6 +38,7 @@ from octavo.types import (
     EngineStats,
     ModelOutput,
     NewSequence,
+    PrefixReport,
     SampledTokens,
     ScheduledSequence,
     SchedulerOutput,
@@ -75,7 +78,11 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: EngineConfig, capacity: Capacity, eos_token_ids: frozenset[int]
+        self,
+        config: EngineConfig,
+        capacity: Capacity,
+        eos_token_ids: frozenset[int],
+        on_admitted: Callable[[PrefixReport], None] | None = None,
     ) -> None:
         """Start without requests.
 
@@ -83,13 +90,20 @@ class Scheduler:
             config: gives the limits of a step and of the queue, the policy and the prefix cache.
             capacity: gives the KV pool and max_model_len.
             eos_token_ids: tokens that end a sequence unless its request ignores them.
+            on_admitted: is told what the prefix cache did for each admitted sequence, and why not
+                more. That takes memory and time; None: neither.
         """
         self._config = config
         pool = capacity.kv_pool
         self._block_size = pool.block_size
         self._limits = RequestLimits(capacity)
         self._eos_token_ids = eos_token_ids
-        self._cache = KVCacheManager(pool.num_blocks, pool.block_size, config.use_prefix_cache)
+        self._cache = KVCacheManager(
+            pool.num_blocks, pool.block_size, config.use_prefix_cache, pool.identity
+        )
+        self._on_admitted = on_admitted
+        if on_admitted is not None:
+            self._cache.remember_misses()
         self._requests: dict[str, Request] = {}
         self._waiting = RankedList()
         self._shares = PromptShares()
@@ -115,9 +129,11 @@ class Scheduler:
         """Accept a request, or raise and change nothing.
 
         Raises:
-            InvalidRequestError: the id is in use, the prompt is empty, or a number makes no sense.
+            InvalidRequestError: the id is in use, the prompt is empty, a number makes no sense, or
+                the prompt is too long to be pinned.
             ContextLengthError: it could never fit, with the numbers.
-            OverloadedError: the waiting queue is full; says when to come back.
+            OverloadedError: the waiting queue is full, or too much is pinned; says when to come
+                back.
         """
         self._limits.check(request)
         self._check_queue(request, now)
@@ -130,8 +146,11 @@ class Scheduler:
             eos_ids=eos_ids,
             stop_ids=eos_ids.union(params.stop_token_ids),
             num_unfinished=params.n,
+            pin_s=request.cache.pin_s,
         )
         record.sequences = self._make_sequences(record, request)
+        if record.pin_s:
+            reserve_pin(self._cache, record.sequences[0], now)
         self._requests[request.request_id] = record
         self._num_arrivals += 1
         self._num_unstarted_requests += 1
@@ -160,9 +179,9 @@ class Scheduler:
         """Whether a request is alive, so that `schedule` will plan something."""
         return bool(self._requests)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
-        self._cache.reset_prefix_cache()
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes, pinned ones too; return how many blocks they had."""
+        return self._cache.reset_prefix_cache()
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
@@ -171,6 +190,7 @@ class Scheduler:
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
             num_blocks_cached=self._cache.num_cached_idle_blocks,
+            num_blocks_pinned=self._cache.num_pinned_blocks,
             num_queries=self._cache.num_queried_tokens,
             num_hits=self._cache.num_hit_tokens,
         )
@@ -209,6 +229,7 @@ class Scheduler:
         """
         assert self._in_flight is None, "the last step has not returned"
         step = _Step(now, self._config.max_num_batched_tokens)
+        self._cache.end_pins(now)
         prompts = self._schedule_decodes(step)
         if step.num_left:
             self._schedule_prompts(step, prompts)
@@ -234,7 +255,7 @@ class Scheduler:
             row_seq = self._rows[sampled.row]
             assert row_seq is not None, "a token for a row that is not in use"
             if row_seq.status is Status.RUNNING:  # Else it was aborted meanwhile.
-                updates.append(self._accept(row_seq, sampled))
+                updates.append(self._accept(row_seq, sampled, step.now))
         for seq in self._aborted_in_flight:
             self._give_back(seq)
         self._aborted_in_flight.clear()
@@ -316,10 +337,14 @@ class Scheduler:
             return False
         prefix = self._cache.match_prefix(seq.table, seq.token_ids)
         num_reserved = RESERVED_BLOCKS * len(self._running)
-        new_blocks = self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
-        if new_blocks is None:
-            step.may_admit = False
-            return False
+        while (
+            new_blocks := self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
+        ) is None:
+            if self._running or not self._cache.drop_pins():  # No pin keeps all from running.
+                step.may_admit = False
+                return False
+        if self._on_admitted is not None:
+            self._on_admitted(self._report(seq, prefix))
         self._waiting.remove(seq)
         self._start(seq, prefix.num_tokens, step.now)
         step.admitted_blocks[seq] = new_blocks
@@ -358,6 +383,8 @@ class Scheduler:
         while (new_blocks := self._cache.allocate(seq.table, len(seq.token_ids))) is None:
             step.may_admit = False
             victim = self._running[-1]
+            if victim is self._running[0] and self._cache.drop_pins():
+                continue
             self._preempt(victim)
             if victim is seq:
                 return None
@@ -372,7 +399,7 @@ class Scheduler:
 
     # ---- Taking results ------------------------------------------------------------------------
 
-    def _accept(self, seq: Sequence, sampled: SampledTokens) -> TokenUpdate:
+    def _accept(self, seq: Sequence, sampled: SampledTokens, now: float) -> TokenUpdate:
         """Append what was sampled for a running sequence, and end it if that ends it."""
         (token_id,) = sampled.token_ids
         request, table = seq.request, seq.table
@@ -387,6 +414,8 @@ class Scheduler:
         is_first = seq.num_output_tokens == 1
         if is_first:
             self._release(request, request.params.n)
+            if request.pin_s:
+                self._cache.pin(table, request.num_prompt_tokens, now + request.pin_s)
         if finish_reason is not None:
             self._end(seq)
         is_users_stop = finish_reason == "stop" and token_id not in request.eos_ids
@@ -415,6 +444,8 @@ class Scheduler:
         self._num_alive_sequences -= 1
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
+            if request.pin_s:
+                self._cache.cancel_pin(request.sequences[0].table, request.num_prompt_tokens)
             del self._requests[request.request_id]
             self._num_unstarted_requests -= not request.is_started
 
@@ -428,6 +459,18 @@ class Scheduler:
         seq.row = -1
 
     # ---- Small things --------------------------------------------------------------------------
+
+    def _report(self, seq: Sequence, prefix: PrefixMatch) -> PrefixReport:
+        """What the prefix cache did for a sequence that is about to start."""
+        tables = [other.table for other in self._running]
+        return PrefixReport(
+            request_id=seq.request.request_id,
+            index=seq.index,
+            num_tokens=len(seq.token_ids),
+            num_cached_tokens=prefix.num_tokens,
+            block_size=self._block_size,
+            miss=self._cache.explain_miss(seq.table, seq.token_ids, prefix, tables),
+        )
 
     def _check_queue(self, request: EngineRequest, now: float) -> None:
         """Raise if the request's id is in use or the waiting queue is full."""
@@ -456,7 +499,7 @@ class Scheduler:
                 rank=(*rank, index),
                 token_ids=prompt[:],
                 max_num_tokens=self._limits.max_num_tokens(request),
-                table=self._cache.new_table(),
+                table=self._cache.new_table(request.cache.salt, request.cache.scope),
                 status=Status.HELD,
             )
             for index in range(request.params.n)
