@@ -80,7 +80,6 @@ UNSUPPORTED = (
     UnsupportedField("add_special_tokens", "a chat template writes them itself", (False,)),
     UnsupportedField("chat_template", "the model's own template is used"),
     UnsupportedField("documents", "put documents into the messages", ([],)),
-    UnsupportedField("cache_salt", "the prefix cache has one scope"),
     UnsupportedField("kv_transfer_params", "one engine computes a whole request"),
     UnsupportedField("vllm_xargs", "no extra arguments are known"),
     UnsupportedField("timeout", "close the connection to end a request"),
