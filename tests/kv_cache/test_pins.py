@@ -93,4 +93,6 @@ def test_it_behaves_as_a_plain_model_does(
             pins.clear()
             until.clear()
         assert pins.until == until
+        reserved = {name for one in alive for name in one}
+        assert pins._num_reserved_alone == len(reserved.difference(until))
         assert len(pins) <= max_blocks
