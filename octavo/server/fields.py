@@ -32,7 +32,7 @@ HARMLESS = (
     HarmlessField(
         "prompt_cache_key", "routes to a cache; the prefix cache finds prefixes by itself"
     ),
-    HarmlessField("prompt_cache_retention", "the prefix cache keeps what fits"),
+    HarmlessField("prompt_cache_retention", "the prefix cache keeps what fits; see cache_pin_s"),
     HarmlessField("service_tier", "there is one tier"),
     HarmlessField("parallel_tool_calls", "without tools there are no calls"),
     HarmlessField("prediction", "a hint that could only save time"),
