@@ -11,15 +11,18 @@ Free blocks are taken first, then cached-idle ones, the least recently used firs
 whose step has returned get a hash, so whatever `match_prefix` finds is in memory already. Works on
 token ids and block ids: no tensors, no text, no clock, no requests.
 
-Left for later: `fork` (a second table over the same blocks, copied on write) and several cache
-groups, one table each.
+A block may stand in many tables: those that begin with the same prefix, and those that were forked
+from one another. It is written only by a table that holds it alone: `own` gives a table a copy
+first (copy-on-write; Kwon et al. 2023, section 4.4).
+
+Left for later: several cache groups, one table each.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from octavo.kv_cache.block import Blocks
@@ -30,11 +33,12 @@ from octavo.types import MissReason
 
 
 class BlockTable:
-    """The blocks of one sequence in the order of its tokens; append-only until it is freed.
+    """The blocks of one sequence in the order of its tokens; only `own` replaces one of them.
 
     Attributes:
         block_ids: token i lies in slot i % block_size of block_ids[i // block_size].
-        num_committed_blocks: how many of them, from the first, were offered to the prefix cache.
+        num_committed_blocks: how many of them, from the first, are full and computed, and were
+            offered to the prefix cache.
         hashes: of the full blocks, as far as needed yet; kept by `free`, as the tokens are too.
         root: the hash before the first block.
         generation: how often the prefix cache had been reset when the table got its first block;
@@ -178,16 +182,69 @@ class KVCacheManager:
         self.num_hit_tokens += prefix.num_tokens
         return new_ids
 
+    def fork(self, parent: BlockTable, child: BlockTable) -> None:
+        """Let an empty table hold every block of another one; nothing is copied."""
+        assert not child.block_ids, "a table is forked into an empty one"
+        for block_id in parent.block_ids:
+            self._blocks.ref_count[block_id] += 1
+        child.block_ids = parent.block_ids[:]
+        child.num_committed_blocks = parent.num_committed_blocks
+        child.hashes = parent.hashes[:]
+        child.generation = parent.generation
+
+    def is_current(self, table: BlockTable) -> bool:
+        """Whether no reset came after the table got its first block."""
+        return table.generation == self._num_resets
+
+    def num_sharers(self, table: BlockTable, index: int) -> int:
+        """How many tables hold block `index` of this one: it may be written if there is but one."""
+        return self._blocks.ref_count[table.block_ids[index]]
+
+    def num_missing_blocks(self, writes: Sequence[tuple[BlockTable, int]]) -> int:
+        """How many blocks `allocate` and `own` must give before a step may write.
+
+        Args:
+            writes: tables, each with the position of the one token that it writes.
+        """
+        num_missing = 0
+        writers: Counter[int] = Counter()
+        for table, position in writes:
+            index = position // self.block_size
+            if index == len(table.block_ids):
+                num_missing += 1
+            else:
+                writers[table.block_ids[index]] += 1
+        for block_id, count in writers.items():
+            # The last one that holds a block need not copy it.
+            num_missing += count - (count == self._blocks.ref_count[block_id])
+        return num_missing
+
+    def own(self, table: BlockTable, index: int) -> tuple[int, int] | None:
+        """Give the table a block of its own in the place of one that others hold too.
+
+        Returns:
+            (source, destination): the content to be copied before the table's next step; or None:
+            there is no room and nothing has changed.
+        """
+        if not len(self._blocks.free):
+            return None
+        source = table.block_ids[index]
+        assert self._blocks.ref_count[source] > 1, "the block is the table's own already"
+        self._blocks.ref_count[source] -= 1
+        table.block_ids[index] = destination = self._take()
+        return source, destination
+
     def commit(self, table: BlockTable, token_ids: array[int], num_computed_tokens: int) -> None:
         """Let the prefix cache serve the table's full blocks up to `num_computed_tokens`.
 
         Call it only when the step that computed them has returned. If an equal block is cached
-        already, that one stays and ours gets no hash: tables are append-only, so ours cannot be
-        swapped for it; ours is simply the first to be reused once it is free.
+        already, that one stays and ours gets no hash: a step in flight may read ours, so it is not
+        swapped for that one; it is simply the first to be reused once it is free.
         """
-        if not self.use_prefix_cache or table.generation != self._num_resets:
-            return
         num_full = num_computed_tokens // self.block_size
+        if not self.use_prefix_cache or not self.is_current(table):
+            table.num_committed_blocks = num_full
+            return
         extend_chain(table.hashes, table.root, token_ids, self.block_size, num_full)
         for i in range(table.num_committed_blocks, num_full):
             prefix_hash, block_id = table.hashes[i], table.block_ids[i]
@@ -271,26 +328,29 @@ class KVCacheManager:
         """When the first of them may be reused; None if none is pinned."""
         return self._pins.first_end
 
-    def reserve_pin(self, table: BlockTable, token_ids: array[int]) -> bool:
-        """Set room aside to pin the full blocks of a prompt, or return False: there is not enough.
-
-        `cancel_pin` gives the room back, whether it was used or not.
+    def reserve_pin(self, table: BlockTable, token_ids: array[int]) -> tuple[bytes, ...] | None:
+        """Set room aside to pin the full blocks of a prompt.
 
         Args:
             table: the sequence's table, which keeps the hashes.
             token_ids: the prompt.
+
+        Returns:
+            The names of the blocks, for `pin`, and for `cancel_pin`, which must follow; or None:
+            there is not enough room and nothing has changed.
         """
         num_full = len(token_ids) // self.block_size
         extend_chain(table.hashes, table.root, token_ids, self.block_size, num_full)
-        return self._pins.reserve(table.hashes[:num_full])
+        names = tuple(table.hashes[:num_full])
+        return names if self._pins.reserve(names) else None
 
-    def pin(self, table: BlockTable, num_tokens: int, end: float) -> None:
-        """Keep the cached blocks of a prompt for which room is reserved until `end`.
+    def pin(self, names: Sequence[bytes], end: float) -> None:
+        """Keep the cached blocks for which room is reserved until `end`.
 
-        Call it while the table holds them. A block that is not cached, because of a reset, is not
-        pinned.
+        Call it while a table holds them. A block that is not cached, because of a reset, is not
+        pinned, nor are those behind it.
         """
-        for prefix_hash in table.hashes[: num_tokens // self.block_size]:
+        for prefix_hash in names:
             block_id = self._block_of.get(prefix_hash)
             if block_id is None:
                 return
@@ -299,9 +359,9 @@ class KVCacheManager:
                 self._num_cached_idle -= 1
                 self._num_pinned_idle += 1
 
-    def cancel_pin(self, table: BlockTable, num_tokens: int) -> None:
+    def cancel_pin(self, names: Sequence[bytes]) -> None:
         """Give back the room that `reserve_pin` set aside; what is pinned stays pinned."""
-        self._pins.unreserve(table.hashes[: num_tokens // self.block_size])
+        self._pins.unreserve(names)
 
     def end_pins(self, now: float) -> None:
         """Release the blocks whose time is over."""
@@ -355,8 +415,9 @@ class KVCacheManager:
             return "shorter than a block" if most == 0 else None
         name = table.hashes[at]
         for other in tables:
-            is_current = other is not table and other.generation == self._num_resets
-            if is_current and len(other.hashes) > at and other.hashes[at] == name:
+            if other is table or not self.is_current(other):
+                continue
+            if len(other.hashes) > at and other.hashes[at] == name:
                 return "being computed"
         if (loss := self._misses.loss(name)) is not None:
             return loss

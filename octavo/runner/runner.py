@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from octavo.backends.program import Program
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.runner.batch import RowTable, SampledRows
@@ -14,8 +16,7 @@ from octavo.types import ModelOutput, SampledTokens, SchedulerOutput, TokenLogpr
 class Runner:
     """Runs the steps that a scheduler planned.
 
-    Rows are numbered below `num_rows`; a plan is applied in the order finished_rows, new_sequences,
-    scheduled.
+    Rows are numbered below `num_rows`; a plan is applied in the order of its fields.
     """
 
     def __init__(
@@ -48,9 +49,16 @@ class Runner:
     def _update_rows(self, plan: SchedulerOutput) -> None:
         for row in plan.finished_rows:
             self._sampler.remove(row)
+        if plan.forks:
+            self._rows.fork(plan.forks)
+            self._sampler.fork([fork for fork in plan.forks if fork.row != fork.parent_row])
         for sequence in plan.new_sequences:
             self._rows.insert(sequence)
             self._sampler.insert(sequence)
+        if plan.copies:
+            self._rows.replace_blocks(plan.copies)
+            pairs = [(copy.source, copy.destination) for copy in plan.copies]
+            self._program.copy_blocks(np.array(pairs, np.int32))
 
     def _build(self, plan: SchedulerOutput) -> tuple[Batch, SampledRows, SamplingRows | None]:
         batch, sampled = self._rows.build(plan)

@@ -209,10 +209,11 @@ def test_scopes_adapters_and_identities_keep_prefixes_apart_as_salts_do() -> Non
 def pin(manager: KVCacheManager, token_ids: array[int], end: float) -> None:
     """What the scheduler does for a request that pins its prompt, from beginning to end."""
     table = fill(manager, token_ids)
-    assert manager.reserve_pin(table, token_ids)
-    manager.pin(table, len(token_ids), end)
+    names = manager.reserve_pin(table, token_ids)
+    assert names is not None
+    manager.pin(names, end)
     manager.free(table)
-    manager.cancel_pin(table, len(token_ids))
+    manager.cancel_pin(names)
 
 
 def test_a_pinned_prefix_outlives_one_that_was_used_later() -> None:
@@ -254,13 +255,14 @@ def test_half_of_the_pool_may_be_pinned_and_equal_prefixes_count_once() -> None:
     pin(manager, tokens(*range(13)), end=7.0)
     assert (manager.num_pinned_blocks, manager.max_pinned_blocks) == (3, 4)
     table = manager.new_table()
-    assert not manager.reserve_pin(table, tokens(*range(12), *range(50, 58)))
-    assert manager.reserve_pin(table, tokens(*range(12), *range(50, 54)))
-    assert not manager.reserve_pin(manager.new_table(), tokens(*range(70, 74)))
+    assert manager.reserve_pin(table, tokens(*range(12), *range(50, 58))) is None
+    names = manager.reserve_pin(table, tokens(*range(12), *range(50, 54)))
+    assert names == tuple(table.hashes[:4])
+    assert manager.reserve_pin(manager.new_table(), tokens(*range(70, 74))) is None
     manager.end_pins(6.0)
     assert manager.num_pinned_blocks == 3, "the later time counts"
-    manager.cancel_pin(table, 16)
-    assert manager.reserve_pin(manager.new_table(), tokens(*range(70, 74)))
+    manager.cancel_pin(names)
+    assert manager.reserve_pin(manager.new_table(), tokens(*range(70, 74))) is not None
 
 
 def test_pins_that_end_first_are_dropped_first() -> None:
@@ -294,9 +296,10 @@ def test_a_reset_or_broken_logits_end_a_pin() -> None:
 def test_what_a_reset_took_is_not_pinned() -> None:
     manager = KVCacheManager(num_blocks=8, block_size=4)
     table = fill(manager, tokens(*range(8)))
-    assert manager.reserve_pin(table, tokens(*range(8)))
+    names = manager.reserve_pin(table, tokens(*range(8)))
+    assert names is not None
     manager.reset_prefix_cache()
-    manager.pin(table, 8, end=5.0)
+    manager.pin(names, end=5.0)
     assert manager.num_pinned_blocks == 0
     manager.check_invariants([table])
 

@@ -43,7 +43,7 @@ class Row:
         self.num_committed = num_computed
         self.salt = salt
         self.table = table
-        self.is_reserved = False
+        self.pin_names: tuple[bytes, ...] | None = None
 
 
 class ManagerHistories(RuleBasedStateMachine):
@@ -147,7 +147,8 @@ class ManagerHistories(RuleBasedStateMachine):
         # What is pinned is what is cached: a reset or broken logits may have taken some of it.
         table, asked = self.manager.new_table(row.salt), array("i", [*row.prompt, 9])
         num_cached = len(self.manager.match_prefix(table, asked).block_ids)
-        self.manager.pin(row.table, len(row.prompt), self.now + pin_s)
+        assert row.pin_names is not None
+        self.manager.pin(row.pin_names, self.now + pin_s)
         for name in self._names(row.salt, row.prompt)[:num_cached]:
             self.pins[name] = max(self.pins.get(name, 0), math.ceil(self.now + pin_s))
 
@@ -174,8 +175,8 @@ class ManagerHistories(RuleBasedStateMachine):
                     self.pins.pop(name, None)
         self.manager.free(row.table)
         assert row.table.block_ids == []
-        if row.is_reserved:
-            self.manager.cancel_pin(row.table, len(row.prompt))
+        if row.pin_names is not None:
+            self.manager.cancel_pin(row.pin_names)
         self.rows.remove(row)
 
     @rule()
@@ -199,8 +200,8 @@ class ManagerHistories(RuleBasedStateMachine):
     def teardown(self) -> None:
         for row in self.rows:
             self.manager.free(row.table)
-            if row.is_reserved:
-                self.manager.cancel_pin(row.table, len(row.prompt))
+            if row.pin_names is not None:
+                self.manager.cancel_pin(row.pin_names)
         if hasattr(self, "manager"):
             self.manager.check_invariants([])
             num_free = self.manager.num_free_blocks
@@ -224,15 +225,19 @@ class ManagerHistories(RuleBasedStateMachine):
         return [(salt, tuple(token_ids[:end])) for end in ends]
 
     def _reserve(self, row: Row) -> None:
-        others = [other for other in self.rows if other.is_reserved]
+        others = [other for other in self.rows if other.pin_names is not None]
         names = {name for one in (*others, row) for name in self._names(one.salt, one.prompt)}
         has_room = len(names.union(self.pins)) <= self.max_pinned
-        assert self.manager.reserve_pin(row.table, row.prompt) == has_room
-        row.is_reserved = has_room
+        row.pin_names = self.manager.reserve_pin(row.table, row.prompt)
+        assert (row.pin_names is not None) == has_room
 
     def _pinnable(self) -> list[Row]:
         """Rows as they are when their first token is sampled."""
-        return [r for r in self.rows if r.is_reserved and r.num_committed >= len(r.prompt)]
+        return [
+            row
+            for row in self.rows
+            if row.pin_names is not None and row.num_committed >= len(row.prompt)
+        ]
 
     def _is_cached(self, name: Name) -> bool:
         salt, token_ids = name

@@ -43,7 +43,7 @@ def test_all_answers_to_one_request_share_its_prompt(make_world: MakeWorld) -> N
     name = world.add(PROMPT, n=3, cache=CacheParams(salt="a"))
     world.drain()
     cache = world.scheduler.stats().cache
-    assert (cache.num_queries, cache.num_hits) == (51, 32)
+    assert (cache.num_queries, cache.num_hits) == (17, 0)
     assert [world.finish_reason(name, i) for i in range(3)] == ["length"] * 3
 
 
@@ -184,14 +184,36 @@ def test_every_admitted_sequence_is_reported_with_the_reason_of_its_miss(
     assert [r.num_tokens for r in reports[:5]] == [17, 17, 17, 1, 39]
 
 
-def test_a_report_is_made_for_each_answer_and_after_preemption(make_world: MakeWorld) -> None:
+def test_a_report_is_made_for_what_is_admitted_not_forked_and_after_preemption(
+    make_world: MakeWorld,
+) -> None:
     reports: list[PrefixReport] = []
     world = make_world(num_blocks=8, max_model_len=30, reports=reports)
     world.add([5] * 9, max_tokens=18, n=2)
+    world.step()
+    assert [(r.request_id, r.index) for r in reports] == [("request-1", 0)]
     world.drain()
-    assert world.scheduler.stats().num_preemptions == len(reports) - 2 > 0
-    assert {(r.request_id, r.index) for r in reports} == {("request-1", 0), ("request-1", 1)}
+    assert world.scheduler.stats().num_preemptions == len(reports) - 1 > 0
     assert max(r.num_tokens for r in reports) > 9
+
+
+@pytest.mark.parametrize("search", [{"n": 3}, {"use_beam_search": True, "best_of": 3}])
+def test_samples_and_beams_pin_their_prompt(make_world: MakeWorld, search: dict[str, Any]) -> None:
+    world = make_world(num_blocks=16, max_model_len=32)
+    options = {"temperature": 0, **search}
+    run(world, PROMPT, cache=CacheParams(pin_s=500), **options)
+    assert pinned(world) == 4
+    run(world, [9] * 25, max_tokens=7)
+    assert (run(world, PROMPT), pinned(world)) == (16, 4)
+
+
+def test_pins_make_way_before_samples_of_one_request_preempt_each_other(
+    make_world: MakeWorld,
+) -> None:
+    world = make_world(num_blocks=16, max_model_len=32)
+    run(world, PROMPT, cache=CacheParams(pin_s=500))
+    run(world, [8] * 12, max_tokens=16, n=3)  # Fifteen blocks, and twelve are not pinned.
+    assert (pinned(world), world.scheduler.stats().num_preemptions) == (0, 0)
 
 
 def test_without_somebody_to_tell_nothing_is_remembered(make_world: MakeWorld) -> None:

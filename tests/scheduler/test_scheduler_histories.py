@@ -59,6 +59,20 @@ CACHES = st.builds(
 )
 
 
+SEARCHES = st.builds(
+    lambda n, more, **values: SamplingParams(
+        n=n, best_of=n + more, use_beam_search=True, temperature=0, **values
+    ),
+    st.integers(1, 2),
+    st.integers(0, 3),
+    length_penalty=st.sampled_from([0.0, 0.6, 1.0, 2.0]),
+    early_stopping=st.sampled_from([True, False, "never"]),
+    stop_token_ids=st.sampled_from([(), (3, 5)]),
+    ignore_eos=st.booleans(),
+    max_tokens=st.integers(1, 12),
+)
+
+
 class Histories(RuleBasedStateMachine):
     """Drives one World; `requests` is everything that was accepted."""
 
@@ -75,7 +89,9 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         asked=st.lists(
-            st.tuples(PROMPTS, PARAMS, st.integers(-1, 1), CACHES), min_size=1, max_size=4
+            st.tuples(PROMPTS, st.one_of(PARAMS, PARAMS, SEARCHES), st.integers(-1, 1), CACHES),
+            min_size=1,
+            max_size=4,
         )
     )
     def add(self, asked: list[tuple[list[int], SamplingParams, int, CacheParams]]) -> None:
@@ -107,8 +123,10 @@ class Histories(RuleBasedStateMachine):
             assert 1 <= error.retry_after_s <= 61
             assert self.scheduler.stats() == before
         except InvalidRequestError as error:
-            assert error.param == "cache_pin_s"
-            assert cache.pin_s and not self._may_be_pinned(request)
+            if error.param == "cache_pin_s":
+                assert cache.pin_s and not self._may_be_pinned(request)
+            else:
+                assert params.num_sequences > self._num_rows()
             assert self.scheduler.stats() == before
         else:
             assert self._fits(request)
@@ -145,9 +163,12 @@ class Histories(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
-        lengths = [r.params.n * self._max_len(r) for r in self.requests.values()]
+        lengths = [r.params.num_sequences * self._max_len(r) for r in self.requests.values()]
         self.world.drain(max_steps=10 + 4 * sum(lengths))
         for request_id, request in self.requests.items():
+            if request.params.use_beam_search:
+                self._check_beams(request)
+                continue
             for index in range(request.params.n):
                 output = self.world.output(request_id, index)
                 reason = self.world.finish_reason(request_id, index)
@@ -160,6 +181,16 @@ class Histories(RuleBasedStateMachine):
                 else:
                     assert (output, reason) == (alone, reason_alone)
 
+    def _check_beams(self, request: EngineRequest) -> None:
+        world, request_id = self.world, request.request_id
+        indexes = range(request.params.n)
+        found = [(world.output(request_id, i), world.finish_reason(request_id, i)) for i in indexes]
+        if (request_id, 0) in self.aborted:
+            assert found == [([], "abort")] * request.params.n
+        else:
+            max_model_len = world.capacity.max_model_len
+            assert found == self.simulation.search_alone(request, max_model_len)
+
     def _abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
         indexes = range(self.requests[request_id].params.n)
@@ -167,7 +198,8 @@ class Histories(RuleBasedStateMachine):
         alive = {
             (request_id, i)
             for i in indexes
-            if index in (None, i) and self.world.finish_reason(request_id, i) is None
+            if (index in (None, i) or self.requests[request_id].params.use_beam_search)
+            and self.world.finish_reason(request_id, i) is None
         }
         updates = self.world.abort(request_id, index)
         assert {(u.request_id, u.index) for u in updates} == alive
@@ -183,7 +215,17 @@ class Histories(RuleBasedStateMachine):
         capacity = self.world.capacity
         num_slots = capacity.kv_pool.num_blocks * capacity.kv_pool.block_size
         has_room = len(request.prompt_ids) < capacity.max_model_len
-        return has_room and self._max_len(request) - 1 <= num_slots
+        num_written = self._max_len(request) - 1
+        if request.params.use_beam_search:
+            size = capacity.kv_pool.block_size
+            shared = len(request.prompt_ids) // size
+            own = -(-num_written // size) - shared
+            num_written = (shared + own * request.params.num_sequences) * size
+        return has_room and num_written <= num_slots
+
+    def _num_rows(self) -> int:
+        config = self.world.config
+        return min(config.max_num_seqs, config.max_num_batched_tokens)
 
     def _may_be_pinned(self, request: EngineRequest) -> bool:
         num_blocks = len(request.prompt_ids) // self.world.config.block_size
