@@ -120,6 +120,8 @@ class Groups:
         elif self._has_room():
             self._cache.fork(parent.table, spare.table)
             self._run(spare, parent)
+        else:
+            spare.table.hashes = parent.table.hashes[:]  # Those it had were of other tokens.
         return spare
 
     def _num_common_blocks(self, seq: Sequence, other: Sequence) -> int:
