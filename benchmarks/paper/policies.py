@@ -1,4 +1,4 @@
-"""The baselines: other ways to hand out KV memory, behind the interface of `KVCacheManager`.
+"""The baselines: other ways to hand out KV memory, in the place of `KVCacheManager`.
 
 They stand in for it in our own scheduler, so that the systems differ by memory alone. A slot is a
 block of one token here. Orca reserves for each request, when it is admitted, one contiguous range
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from buddy import BuddyAllocator
 from workload import MAX_LENGTH
 
-from octavo.kv_cache.manager import NO_PREFIX, PrefixMatch
+from octavo.kv_cache.manager import NO_PREFIX, KVCacheManager, PrefixMatch
 
 Need = Callable[[int, int], int]
 """Slots to reserve for a request, from the lengths of its prompt and its output."""
@@ -70,35 +70,39 @@ class ReservedTable:
         return MAX_LENGTH
 
 
-class ReservingCache:
+class ReservingCache(KVCacheManager):
     """Contiguous reservation for the whole life of a request.
 
     Attributes:
         num_final: slots that the running sequences will fill in the end, together.
         num_wanted: slots that they asked for.
-        num_referenced_blocks: slots of the ranges that they got.
     """
-
-    block_size = 1
-    num_queried_tokens = 0
-    num_hit_tokens = 0
-    num_cached_idle_blocks = 0
 
     def __init__(self, num_slots: int, need: Need) -> None:
         """Start with everything free."""
-        self.num_blocks = num_slots
+        super().__init__(num_slots, block_size=1, use_prefix_cache=False)
         self.num_final = 0
         self.num_wanted = 0
-        self.num_referenced_blocks = 0
         self._need = need
         self._buddies = BuddyAllocator(num_slots)
+        self._num_taken = 0
         self._expected = (0, 0)
+
+    @property
+    def num_referenced_blocks(self) -> int:
+        """Slots of the ranges that the running sequences got."""
+        return self._num_taken
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Slots of no range."""
+        return self.num_blocks - self._num_taken
 
     def expect(self, num_prompt: int, num_output: int) -> None:
         """Tell the lengths of the request that is added next: the scheduler does not know them."""
         self._expected = num_prompt, num_output
 
-    def new_table(self, salt: str = "") -> ReservedTable:
+    def new_table(self, *isolation: str) -> ReservedTable:
         """A table for the request that was told last."""
         return ReservedTable(sum(self._expected), self._need(*self._expected))
 
@@ -152,7 +156,7 @@ class ReservingCache:
         assert all(end <= begin for end, begin in zip(ends, begins, strict=True))
 
     def _count(self) -> None:
-        self.num_referenced_blocks = self.num_blocks - self._buddies.num_free
+        self._num_taken = self.num_blocks - self._buddies.num_free
 
 
 class BatchCache(ReservingCache):

@@ -152,7 +152,7 @@ def make_scheduler(
         vocab_size=50_272,
         backend="none",
     )
-    return Scheduler(config, capacity, frozenset(), cache)
+    return Scheduler(config, capacity, frozenset(), cache=cache)
 
 
 class Simulation:

@@ -61,6 +61,7 @@ class InProcessExecutor:
                 num_blocks=loaded.num_blocks,
                 block_size=config.block_size,
                 num_bytes=loaded.num_blocks * program.block_bytes(),
+                identity=loaded.cache_identity,
             ),
             weights_bytes=program.weights_bytes,
             vocab_size=loaded.vocab_size,

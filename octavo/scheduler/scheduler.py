@@ -12,8 +12,8 @@ samples the next one. Chunked prefill, prefix caching and preemption follow from
 
 A waiting sequence is admitted with blocks for all its known tokens, and only if one block for each
 running one stays free: so prompts never preempt each other, and newcomers seldom cause preemption.
-The first running one in rank is preempted by nobody and fits into the pool alone: it always
-progresses, hence all do.
+The first running one in rank is preempted by nobody and fits into the pool alone, where pinned
+prefixes make way for it: it always progresses, hence all do.
 
 The sequences of a request are a group: one of them computes the prompt, the others are forked from
 it and share its blocks. A group is preempted together, and held but for one sequence, so that it
@@ -23,55 +23,34 @@ comes back as it began. Knows ids only: no text, no tensors, no clock.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
-
-import msgspec
+from collections.abc import Callable
 
 from octavo.config import EngineConfig
-from octavo.errors import InvalidRequestError, OverloadedError
+from octavo.errors import InvalidRequestError
 from octavo.kv_cache.manager import KVCacheManager
-from octavo.scheduler.beams import BeamSearch, Hypothesis
+from octavo.scheduler.beams import BeamSearch
 from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
-from octavo.scheduler.limits import RequestLimits
+from octavo.scheduler.limits import RequestLimits, reserve_pin
+from octavo.scheduler.messages import beam_update, new_sequence
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
+from octavo.scheduler.reports import prefix_report
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
+from octavo.scheduler.supply import BlockSupply, Step
 from octavo.scheduler.waiting import DrainRate, RankedList
 from octavo.types import (
-    BlockCopy,
     CacheStats,
     Capacity,
     EngineRequest,
     EngineStats,
     FinishReason,
     ModelOutput,
-    NewSequence,
+    PrefixReport,
     SampledTokens,
     ScheduledSequence,
     SchedulerOutput,
     TokenUpdate,
 )
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step while it is planned and until it has returned.
-
-    Attributes:
-        num_left: what is left of the token budget.
-        may_admit: nobody has been preempted or turned away in this step yet.
-        admitted_blocks: the first blocks of each sequence that was admitted.
-        unsampled: sequences of which only a part of the prompt is computed.
-    """
-
-    now: float
-    num_left: int
-    may_admit: bool = True
-    new_sequences: list[NewSequence] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    admitted_blocks: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    unsampled: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
@@ -86,6 +65,7 @@ class Scheduler:
         config: EngineConfig,
         capacity: Capacity,
         eos_token_ids: frozenset[int],
+        on_admitted: Callable[[PrefixReport], None] | None = None,
         cache: KVCacheManager | None = None,
     ) -> None:
         """Start without requests.
@@ -94,6 +74,8 @@ class Scheduler:
             config: gives the limits of a step and of the queue, the policy and the prefix cache.
             capacity: gives the KV pool and max_model_len.
             eos_token_ids: tokens that end a sequence unless its request ignores them.
+            on_admitted: is told what the prefix cache did for each admitted sequence, and why not
+                more. That takes memory and time; None: neither.
             cache: hands out the pool's blocks; None makes one. Benchmarks put other policies here.
         """
         self._config = config
@@ -104,20 +86,24 @@ class Scheduler:
         self._limits = RequestLimits(capacity, num_rows)
         self._eos_token_ids = eos_token_ids
         self._cache = cache or KVCacheManager(
-            pool.num_blocks, pool.block_size, config.use_prefix_cache
+            pool.num_blocks, pool.block_size, config.use_prefix_cache, pool.identity
         )
+        self._on_admitted = on_admitted
+        if on_admitted is not None:
+            self._cache.remember_misses()
         self._requests: dict[str, Request] = {}
         self._waiting = RankedList()
         self._shares = PromptShares()
         self._drain_rate = DrainRate()
         self._rows = Rows(num_rows)
         self._groups = Groups(self._cache, self._rows, self._wait)
-        self._in_flight: _Step | None = None
+        self._supply = BlockSupply(self._cache, self._rows, self._groups, self._waiting, self._wait)
+        self._in_flight: Step | None = None
         self._aborted_in_flight: list[Sequence] = []
+        self._now = 0.0
         self._num_arrivals = 0
         self._num_unstarted_requests = 0
         self._num_alive_sequences = 0
-        self._num_preemptions = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
 
@@ -127,9 +113,11 @@ class Scheduler:
         """Accept a request, or raise and change nothing.
 
         Raises:
-            InvalidRequestError: the id is in use, the prompt is empty, or a number makes no sense.
+            InvalidRequestError: the id is in use, the prompt is empty, a number makes no sense, or
+                the prompt is too long to be pinned.
             ContextLengthError: it could never fit, with the numbers.
-            OverloadedError: the waiting queue is full; says when to come back.
+            OverloadedError: the waiting queue is full, or too much is pinned; says when to come
+                back.
         """
         self._limits.check(request)
         self._check_queue(request, now)
@@ -144,6 +132,9 @@ class Scheduler:
             num_unfinished=params.num_sequences,
         )
         record.sequences = self._make_sequences(record, request)
+        if request.cache.pin_s:
+            record.pin_names = reserve_pin(self._cache, record.sequences[0], now)
+            record.pin_s = request.cache.pin_s
         if params.use_beam_search:
             max_num_output_tokens = record.sequences[0].max_num_tokens - record.num_prompt_tokens
             record.search = BeamSearch(params, record.stop_ids, max_num_output_tokens)
@@ -176,9 +167,9 @@ class Scheduler:
         """Whether a request is alive, so that `schedule` will plan something."""
         return bool(self._requests)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
-        self._cache.reset_prefix_cache()
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes, pinned ones too; return how many blocks they had."""
+        return self._cache.reset_prefix_cache()
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
@@ -187,6 +178,7 @@ class Scheduler:
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
             num_blocks_cached=self._cache.num_cached_idle_blocks,
+            num_blocks_pinned=self._cache.num_pinned_blocks,
             num_queries=self._cache.num_queried_tokens,
             num_hits=self._cache.num_hit_tokens,
         )
@@ -194,7 +186,7 @@ class Scheduler:
             num_running=num_running,
             num_waiting=self._num_alive_sequences - num_running,
             cache=cache,
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._supply.num_preemptions,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
         )
@@ -223,11 +215,13 @@ class Scheduler:
             now: seconds on any clock that only goes forward.
         """
         assert self._in_flight is None, "the last step has not returned"
+        self._now = now
+        self._cache.end_pins(now)
         step = self._plan(now)
         while not step.scheduled and self._rows.running:
             # Beams that wait for one another hold blocks which others of them, or of another
             # search, wait for.
-            self._preempt_last(step)
+            self._supply.preempt_last(step)
             step = self._plan(now)
         if not step.scheduled:
             return SchedulerOutput()
@@ -263,15 +257,15 @@ class Scheduler:
 
     # ---- Planning ------------------------------------------------------------------------------
 
-    def _plan(self, now: float) -> _Step:
+    def _plan(self, now: float) -> Step:
         """Fill a step."""
-        step = _Step(now, self._config.max_num_batched_tokens)
+        step = Step(now, self._config.max_num_batched_tokens)
         prompts = self._schedule_decodes(step)
         if step.num_left:
             self._schedule_prompts(step, prompts)
         return step
 
-    def _schedule_decodes(self, step: _Step) -> list[Sequence]:
+    def _schedule_decodes(self, step: Step) -> list[Sequence]:
         """Give a token to every running sequence that has one to compute; return the others."""
         prompts = []
         scheduled, block_size = step.scheduled, self._block_size
@@ -287,16 +281,16 @@ class Scheduler:
                 continue
             if seq.request.is_group and seq.request is not group:
                 group = seq.request
-                if not self._make_room(group, step):
+                if not self._supply.make_room(group, step):
                     break  # It was the last one in rank, and the one that had to go.
             new_blocks: tuple[int, ...] = ()
             if num_tokens > len(seq.table.block_ids) * block_size:
-                grown = self._grow(seq, step)
+                grown = self._supply.grow(seq, step)
                 if grown is None:
                     break
                 new_blocks = grown
             elif group is seq.request:
-                self._own_block(seq, num_computed // block_size, step)
+                self._supply.own_block(seq, num_computed // block_size, step)
             scheduled.append(ScheduledSequence(seq.row, num_computed, 1, new_blocks, True))
             seq.num_computed_tokens = num_tokens
             step.num_left -= 1
@@ -304,7 +298,7 @@ class Scheduler:
                 self._schedule_forks(seq, step)
         return prompts
 
-    def _schedule_prompts(self, step: _Step, prompts: list[Sequence]) -> None:
+    def _schedule_prompts(self, step: Step, prompts: list[Sequence]) -> None:
         """Share what is left of the budget between running prompts and waiting sequences."""
         if step.may_admit:
             prompts += self._waiting.first(self._rows.num_free)
@@ -320,7 +314,7 @@ class Scheduler:
             self._schedule_chunk(step, seq, num_new)
 
     def _share_out(
-        self, step: _Step, prompts: list[Sequence], num_tokens: int, shares: dict[Sequence, int]
+        self, step: Step, prompts: list[Sequence], num_tokens: int, shares: dict[Sequence, int]
     ) -> None:
         """Hand out `num_tokens` in the given order; who still waits is admitted at its turn."""
         for seq in prompts:
@@ -334,7 +328,7 @@ class Scheduler:
             step.num_left -= gets
             num_tokens -= gets
 
-    def _schedule_chunk(self, step: _Step, seq: Sequence, num_new: int) -> None:
+    def _schedule_chunk(self, step: Step, seq: Sequence, num_new: int) -> None:
         """Plan the next `num_new` tokens of a prompt."""
         num_computed = seq.num_computed_tokens
         seq.num_computed_tokens = num_computed + num_new
@@ -348,15 +342,15 @@ class Scheduler:
         elif seq.request.is_group and seq.num_output_tokens == 0:
             self._schedule_forks(seq, step)
 
-    def _schedule_forks(self, leader: Sequence, step: _Step) -> None:
+    def _schedule_forks(self, leader: Sequence, step: Step) -> None:
         """Sample for the siblings of a sequence too, whose prompt is complete with this step."""
         for seq in self._groups.fork_samples(leader):
             num_tokens = len(seq.token_ids)
             block_ids = tuple(seq.table.block_ids)
-            step.new_sequences.append(_new_sequence(seq))
+            step.new_sequences.append(new_sequence(seq))
             step.scheduled.append(ScheduledSequence(seq.row, num_tokens, 0, block_ids, True))
 
-    def _admit(self, seq: Sequence, step: _Step) -> bool:
+    def _admit(self, seq: Sequence, step: Step) -> bool:
         """Give a waiting sequence a row, its cached prefix and blocks for all its known tokens.
 
         When one finds no room, nobody after it is admitted in this step either: smaller ones would
@@ -365,16 +359,20 @@ class Scheduler:
         if not step.may_admit:
             return False
         prefix = self._groups.find_prefix(seq)
-        others = [one for one in self._rows.running if one.request is not seq.request]
-        num_reserved = RESERVED_BLOCKS * len(others)
-        new_blocks = self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
-        if new_blocks is None:
-            step.may_admit = False
-            return False
+        running = self._rows.running
+        num_reserved = RESERVED_BLOCKS * sum([one.request is not seq.request for one in running])
+        while (
+            new_blocks := self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
+        ) is None:
+            if running or not self._cache.drop_pins():  # No pin keeps all from running.
+                step.may_admit = False
+                return False
+        if self._on_admitted is not None:
+            self._on_admitted(prefix_report(self._cache, seq, prefix, running))
         self._waiting.remove(seq)
         self._start(seq, prefix.num_tokens, step.now)
         step.admitted_blocks[seq] = new_blocks
-        step.new_sequences.append(_new_sequence(seq))
+        step.new_sequences.append(new_sequence(seq))
         return True
 
     def _start(self, seq: Sequence, num_cached: int, now: float) -> None:
@@ -389,62 +387,6 @@ class Scheduler:
         seq.num_computed_tokens = num_cached
         seq.status = Status.RUNNING
         self._rows.insert(seq)
-
-    def _grow(self, seq: Sequence, step: _Step) -> tuple[int, ...] | None:
-        """Get the block for a running sequence's next token, at the cost of the last ones in rank.
-
-        Returns:
-            The new block ids; None if the sequence was itself the last one and has been preempted.
-        """
-        while (new_blocks := self._cache.allocate(seq.table, len(seq.token_ids))) is None:
-            self._preempt_last(step)
-            if seq.status is not Status.RUNNING:
-                return None
-        return new_blocks
-
-    def _make_room(self, group: Request, step: _Step) -> bool:
-        """See to it that a group's next tokens find blocks; False if it has been preempted."""
-        while True:
-            tables = [
-                (seq.table, seq.num_computed_tokens)
-                for seq in group.sequences
-                if seq.status is Status.RUNNING
-                and len(seq.token_ids) - seq.num_computed_tokens == 1
-            ]
-            if self._cache.num_missing_blocks(tables) <= self._cache.num_free_blocks:
-                return bool(tables)
-            self._preempt_last(step)
-
-    def _own_block(self, seq: Sequence, index: int, step: _Step) -> None:
-        """Copy a block before the sequence writes into it, if others hold it too."""
-        if self._cache.num_sharers(seq.table, index) > 1:
-            blocks = self._cache.own(seq.table, index)
-            assert blocks is not None, "room was made for it"
-            step.copies.append(BlockCopy(seq.row, index, *blocks))
-
-    def _preempt_last(self, step: _Step) -> None:
-        """Take rows and blocks from the last running group; it waits with the tokens it has.
-
-        All of it but one sequence is held until that one has computed what they share. If samples
-        of one request are all that runs, only the last of them goes.
-        """
-        step.may_admit = False
-        running = self._rows.running
-        request = running[-1].request
-        group = [seq for seq in running if seq.request is request]
-        if len(group) == len(running) and request.search is None:
-            group = group[-1:]
-        self._num_preemptions += len(group)
-        for seq in group:
-            self._groups.retire(seq)
-            seq.num_computed_tokens = 0
-            seq.beam.next = None
-        if len(group) > 1:
-            for seq in request.sequences:
-                if seq.status is Status.WAITING:
-                    self._waiting.remove(seq)
-                    seq.status = Status.HELD
-        self._wait(group[0])
 
     # ---- Taking results ------------------------------------------------------------------------
 
@@ -461,6 +403,8 @@ class Scheduler:
         finish_reason = seq.append(token_id)
         self._num_generation_tokens += 1
         is_first = seq.num_output_tokens == 1
+        if is_first and request.pin_names:
+            self._cache.pin(request.pin_names, self._now + request.pin_s)
         if request.is_group:
             self._release(request)
         if finish_reason is not None:
@@ -486,6 +430,8 @@ class Scheduler:
                 self._cache.forget(one.table)
             return self._end_all(request, "error")
         self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
+        if seq.num_output_tokens == 0 and request.pin_names:
+            self._cache.pin(request.pin_names, self._now + request.pin_s)
         self._num_generation_tokens += 1
         (seq.beam.next,) = sampled.logprobs
         self._release(request)
@@ -499,7 +445,7 @@ class Scheduler:
             return []
         self._end_all(request, "stop")
         best = search.finished[: request.params.n]
-        return [_beam_update(request, place, one) for place, one in enumerate(best)]
+        return [beam_update(request, place, one) for place, one in enumerate(best)]
 
     def _end_all(self, request: Request, finish_reason: FinishReason) -> list[TokenUpdate]:
         """Finish every sequence of a request; return an update for each that the user sees."""
@@ -527,6 +473,7 @@ class Scheduler:
         self._num_alive_sequences -= 1
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
+            self._cache.cancel_pin(request.pin_names)
             del self._requests[request.request_id]
             self._num_unstarted_requests -= not request.is_started
 
@@ -538,15 +485,8 @@ class Scheduler:
             raise InvalidRequestError(
                 f"a request with the id {request.request_id!r} is running", param="request_id"
             )
-        if self._num_unstarted_requests >= self._config.max_num_waiting:
-            retry_after_s = self._drain_rate.seconds_until_drained(
-                self._num_unstarted_requests, now
-            )
-            raise OverloadedError(
-                f"{self._num_unstarted_requests} requests are waiting, no more are accepted: "
-                f"try again in {retry_after_s:.0f} s",
-                retry_after_s=retry_after_s,
-            )
+        most = self._config.max_num_waiting
+        self._drain_rate.refuse_if_full(self._num_unstarted_requests, most, now)
 
     def _make_sequences(self, record: Request, request: EngineRequest) -> list[Sequence]:
         """The sequences of a new request, all of them held."""
@@ -559,7 +499,7 @@ class Scheduler:
                 rank=(*rank, index),
                 token_ids=prompt[:],
                 max_num_tokens=self._limits.max_num_tokens(request),
-                table=self._cache.new_table(),
+                table=self._cache.new_table(request.cache.salt, request.cache.scope),
                 status=Status.HELD,
             )
             for index in range(request.params.num_sequences)
@@ -576,32 +516,3 @@ class Scheduler:
         seq.num_expected_tokens = len(seq.token_ids) - prefix.num_tokens
         seq.status = Status.WAITING
         self._waiting.add(seq)
-
-
-def _new_sequence(seq: Sequence) -> NewSequence:
-    """What the runner has to know of a sequence that gets a row."""
-    params, search = seq.request.params, seq.request.search
-    if search is not None:
-        params = msgspec.structs.replace(params, temperature=0.0, logprobs=search.num_candidates)
-    return NewSequence(
-        row=seq.row,
-        index=seq.index,
-        token_ids=seq.token_ids.tolist(),
-        num_prompt_tokens=seq.request.num_prompt_tokens,
-        params=params,
-    )
-
-
-def _beam_update(request: Request, index: int, beam: Hypothesis) -> TokenUpdate:
-    """The whole of a beam that is returned."""
-    last = beam.token_ids[-1]
-    is_users_stop = beam.finish_reason == "stop" and last not in request.eos_ids
-    return TokenUpdate(
-        request.request_id,
-        index,
-        beam.token_ids,
-        beam.logprobs,
-        beam.finish_reason,
-        last if is_users_stop else None,
-        request.num_cached_tokens,
-    )

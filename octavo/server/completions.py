@@ -54,7 +54,13 @@ async def completions(service: Service, exchange: Exchange) -> None:
             fitting = msgspec.structs.replace(params, max_tokens=room)
         answer_id = new_answer_id("cmpl", shared.request_id)
         return Generation(
-            service, exchange, ids, fitting, answer_id=answer_id, priority=shared.priority
+            service,
+            exchange,
+            ids,
+            fitting,
+            answer_id=answer_id,
+            priority=shared.priority,
+            cache=service.cache_params(exchange, shared),
         )
 
     async def encode(prompt: str | list[int]) -> list[int]:
@@ -97,11 +103,12 @@ def _prompts(
             f"prompt holds {len(prompts)} prompts; at most {limits.max_prompts} are taken.",
             param="prompt",
         )
-    if len(prompts) * shared.n > limits.max_sequences:
+    name, count = ("n", shared.n) if shared.best_of is None else ("best_of", shared.best_of)
+    if len(prompts) * count > limits.max_sequences:
         raise InvalidRequestError(
-            f"{len(prompts)} prompts times n = {shared.n} are more than the "
+            f"{len(prompts)} prompts times {name} = {count} are more than the "
             f"{limits.max_sequences} answers that one request may have.",
-            param="n",
+            param=name,
         )
     return prompts
 

@@ -32,7 +32,7 @@ HARMLESS = (
     HarmlessField(
         "prompt_cache_key", "routes to a cache; the prefix cache finds prefixes by itself"
     ),
-    HarmlessField("prompt_cache_retention", "the prefix cache keeps what fits"),
+    HarmlessField("prompt_cache_retention", "the prefix cache keeps what fits; see cache_pin_s"),
     HarmlessField("service_tier", "there is one tier"),
     HarmlessField("parallel_tool_calls", "without tools there are no calls"),
     HarmlessField("prediction", "a hint that could only save time"),
@@ -67,10 +67,6 @@ UNSUPPORTED = (
     UnsupportedField("web_search_options", "the server searches nothing"),
     UnsupportedField("store", "answers are not stored", (False,)),
     UnsupportedField("suffix", "the model can't fill a gap", ("",)),
-    UnsupportedField("best_of", "ask for n answers and choose yourself", (1,)),
-    UnsupportedField("use_beam_search", "beam search is not supported", (False,)),
-    UnsupportedField("length_penalty", "beam search is not supported", (1.0,)),
-    UnsupportedField("early_stopping", "beam search is not supported", (False,)),
     UnsupportedField("prompt_logprobs", "log probabilities are of the answer only"),
     UnsupportedField("truncate_prompt_tokens", "shorten the prompt yourself"),
     UnsupportedField("return_token_ids", "ask /tokenize for ids", (False,)),
@@ -80,7 +76,6 @@ UNSUPPORTED = (
     UnsupportedField("add_special_tokens", "a chat template writes them itself", (False,)),
     UnsupportedField("chat_template", "the model's own template is used"),
     UnsupportedField("documents", "put documents into the messages", ([],)),
-    UnsupportedField("cache_salt", "the prefix cache has one scope"),
     UnsupportedField("kv_transfer_params", "one engine computes a whole request"),
     UnsupportedField("vllm_xargs", "no extra arguments are known"),
     UnsupportedField("timeout", "close the connection to end a request"),

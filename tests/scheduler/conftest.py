@@ -11,11 +11,14 @@ import pytest
 from octavo.config import EngineConfig
 from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
+    OPEN_CACHE,
+    CacheParams,
     Capacity,
     EngineRequest,
     KVPool,
     ModelOutput,
     NewSequence,
+    PrefixReport,
     SampledTokens,
     SamplingParams,
     SchedulerOutput,
@@ -219,7 +222,12 @@ class World:
     """A scheduler and its simulated executor, stepping together."""
 
     def __init__(
-        self, *, num_blocks: int = 64, max_model_len: int = 1024, **options: object
+        self,
+        *,
+        num_blocks: int = 64,
+        max_model_len: int = 1024,
+        reports: list[PrefixReport] | None = None,
+        **options: object,
     ) -> None:
         self.config = EngineConfig(
             **{  # type: ignore[arg-type]
@@ -244,7 +252,8 @@ class World:
             vocab_size=VOCAB_SIZE,
             backend="fake",
         )
-        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}))
+        on_admitted = None if reports is None else reports.append
+        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}), on_admitted)
         self.executor = SimulatedExecutor(num_blocks, self.config.block_size)
         self.num_steps = 0
         self.plan = SchedulerOutput()
@@ -252,7 +261,13 @@ class World:
         self._num_requests = 0
 
     def add(
-        self, prompt_ids: list[int], *, priority: int = 0, name: str = "", **params: object
+        self,
+        prompt_ids: list[int],
+        *,
+        priority: int = 0,
+        name: str = "",
+        cache: CacheParams = OPEN_CACHE,
+        **params: object,
     ) -> str:
         """Add a request that by default ignores end-of-text; returns its id."""
         self._num_requests += 1
@@ -264,6 +279,7 @@ class World:
                 prompt_ids=prompt_ids,
                 params=SamplingParams(**values),  # type: ignore[arg-type]
                 priority=priority,
+                cache=cache,
             ),
             float(self.num_steps),
         )

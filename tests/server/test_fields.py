@@ -21,6 +21,10 @@ VALUES: dict[str, object] = {
     "model": "fake",
     "stream": False,
     "n": 2,
+    "best_of": 2,
+    "use_beam_search": True,
+    "length_penalty": 1.0,
+    "early_stopping": False,
     "temperature": 0.5,
     "top_p": 0.9,
     "top_k": 5,
@@ -37,6 +41,8 @@ VALUES: dict[str, object] = {
     "logit_bias": {"7": -100, "8": 1.5},
     "skip_special_tokens": False,
     "priority": -3,
+    "cache_salt": "a secret",
+    "cache_pin_s": 1.5,
     "request_id": "my-id.1",
     "max_completion_tokens": 2,
     "logprobs": True,
@@ -101,6 +107,8 @@ def test_every_field_refuses_a_wrong_type(server, path) -> None:
         ("frequency_penalty", [-2.1, 2.1]),
         ("repetition_penalty", [0, -1, 101]),
         ("priority", [2**31, -(2**31), 2**70, 0.5]),
+        ("cache_salt", ["", "x" * 257, 5, True]),
+        ("cache_pin_s", [-1, 3601, True, "1"]),
         ("stop", ["", [""], ["x"] * 17, "x" * 1025, [5], [None]]),
         ("stop_token_ids", [[-1], [10**6], [2**70], ["a"], [5] * 257, 5]),
         ("logit_bias", [{"a": 1}, {"-1": 1}, {"1000000": 1}, {"7": 101}, {"7": "x"}, {"7": None}]),
@@ -150,6 +158,7 @@ def test_unsupported_fields_are_refused_unless_neutral(server, path) -> None:
 
 
 def test_a_neutral_number_is_not_a_boolean(server) -> None:
+    error_of(post(server, TEXT, store=0))
     error_of(post(server, TEXT, use_beam_search=0))
     error_of(post(server, TEXT, best_of=True))
 
