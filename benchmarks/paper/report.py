@@ -107,7 +107,7 @@ def document(claims: list[Claim], data: str, latency: float) -> str:
     """docs/paper.md."""
     reasons = []
     for claim in claims:
-        if claim.differs:
+        if claim.differs or claim.is_missed:
             why = [words for figure, part, words in REASONS if claim.is_about(figure, part)]
             ours = f"{number(claim.ours, claim.unit)} against {paper_text(claim)}"
             reasons.append(f"- Figure {claim.figure}, {claim.subject}: {ours}. {' '.join(why)}")
