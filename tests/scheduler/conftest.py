@@ -267,6 +267,7 @@ class World:
         priority: int = 0,
         name: str = "",
         cache: CacheParams = OPEN_CACHE,
+        client: str = "",
         **params: object,
     ) -> str:
         """Add a request that by default ignores end-of-text; returns its id."""
@@ -280,6 +281,7 @@ class World:
                 params=SamplingParams(**values),  # type: ignore[arg-type]
                 priority=priority,
                 cache=cache,
+                client=client,
             ),
             float(self.num_steps),
         )
