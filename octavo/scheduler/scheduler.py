@@ -35,7 +35,7 @@ from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
 from octavo.scheduler.limits import RequestLimits, reserve_pin
 from octavo.scheduler.messages import beam_update, new_sequence
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
-from octavo.scheduler.reports import prefix_report
+from octavo.scheduler.reports import block_use, prefix_report
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
 from octavo.scheduler.supply import BlockSupply, Step
@@ -185,6 +185,7 @@ class Scheduler:
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
             num_blocks_cached=self._cache.num_cached_idle_blocks,
+            use=block_use(self._cache, self._rows.running),
             num_blocks_pinned=self._cache.num_pinned_blocks,
             num_queries=self._cache.num_queried_tokens,
             num_hits=self._cache.num_hit_tokens,
