@@ -68,6 +68,7 @@ class Scheduler:
         capacity: Capacity,
         eos_token_ids: frozenset[int],
         on_admitted: Callable[[PrefixReport], None] | None = None,
+        cache: KVCacheManager | None = None,
     ) -> None:
         """Start without requests.
 
@@ -77,6 +78,7 @@ class Scheduler:
             eos_token_ids: tokens that end a sequence unless its request ignores them.
             on_admitted: is told what the prefix cache did for each admitted sequence, and why not
                 more. That takes memory and time; None: neither.
+            cache: hands out the pool's blocks; None makes one. Benchmarks put other policies here.
         """
         self._config = config
         pool = capacity.kv_pool
@@ -85,7 +87,7 @@ class Scheduler:
         num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._limits = RequestLimits(capacity, num_rows)
         self._eos_token_ids = eos_token_ids
-        self._cache = KVCacheManager(
+        self._cache = cache or KVCacheManager(
             pool.num_blocks, pool.block_size, config.use_prefix_cache, pool.identity
         )
         self._on_admitted = on_admitted
