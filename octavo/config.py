@@ -52,7 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_dtype: Literal["fp16", "int8"] = "fp16"
     use_prefix_cache: bool = True
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: Literal["fcfs", "priority", "fair"] = "fcfs"
     backend: Literal["cpu", "reference"] = "cpu"
     quantization: Quantization | None = None
 

@@ -143,6 +143,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
         prompt_ids: at least one token id.
         params: complete: max_tokens and seed are set, `stop_token_ids` are the user's own.
         priority: smaller runs first under the priority policy; equal ones in order of arrival.
+        client: whom it is for: under the policy "fair" clients take turns.
         cache: who may share its blocks, and how long they stay.
     """
 
@@ -150,6 +151,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    client: str = ""
     cache: CacheParams = OPEN_CACHE
 
 
@@ -208,6 +210,21 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Name and details for people, such as "cpu avx512 2 threads"."""
 
 
+class BlockUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the used blocks of the KV pool hold, a snapshot."""
+
+    num_tokens: int = 0
+    """Tokens whose K and V lie in them; those of a shared block count once."""
+    num_empty_slots: int = 0
+    """Slots that are reserved for a sequence's next tokens."""
+    num_shared_blocks: int = 0
+    """Blocks that more than one sequence refers to."""
+    num_saved_blocks: int = 0
+    """How many more there would be if nothing were shared."""
+    num_copies: int = 0
+    """Blocks copied since the start because a sequence wrote into one that others held too."""
+
+
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """The KV pool and its prefix cache, a snapshot."""
 
@@ -216,6 +233,7 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks that a living sequence refers to."""
     num_blocks_cached: int = 0
     """Free blocks whose content the prefix cache can still serve."""
+    use: BlockUse = BlockUse()
     num_blocks_pinned: int = 0
     """Blocks that stay cached for a time because a request asked for it."""
     num_queries: int = 0

@@ -84,7 +84,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-cache", action="store_true", help="compute every prompt from its beginning"
     )
     group.add_argument(
-        "--policy", choices=("fcfs", "priority"), default=fields["policy"],
+        "--policy", choices=("fcfs", "priority", "fair"), default=fields["policy"],
         help="order of the queue (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
