@@ -23,12 +23,17 @@ namespace {
 template <typename T, size_t kDims>
 using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
-// An attribute that must be a contiguous array of T with kDims dimensions.
+// What must be a contiguous array of T with kDims dimensions.
+template <typename T, size_t kDims = 1>
+Array<const T, kDims> to_array(nb::handle object, const char* name) {
+  Array<const T, kDims> array;
+  if (nb::try_cast(object, array, false)) return array;
+  throw std::invalid_argument(std::string(name) + " is not a contiguous array of the type and rank that its contract says");
+}
+
 template <typename T, size_t kDims = 1>
 Array<const T, kDims> array_of(nb::handle object, const char* name) {
-  Array<const T, kDims> array;
-  if (nb::try_cast(object.attr(name), array, false)) return array;
-  throw std::invalid_argument(std::string(name) + " is not a contiguous array of the type and rank that its contract says");
+  return to_array<T, kDims>(object.attr(name), name);
 }
 
 void require_size(size_t size, int64_t wanted, const char* name) {
@@ -261,6 +266,33 @@ void run(Program& program, nb::handle batch, nb::handle inputs, bool has_cache, 
   program.run(view, &sampling);
 }
 
+// ---- blocks of the KV cache --------------------------------------------------------------------------------------------
+
+void copy_blocks(Program& program, nb::handle pairs_object) {
+  const auto pairs = to_array<int32_t, 2>(pairs_object, "pairs");
+  const auto count = static_cast<int64_t>(pairs.shape(0));
+  require_size(pairs.size(), 2 * count, "pairs");
+  nb::gil_scoped_release release;
+  program.copy_blocks(pairs.data(), count);
+}
+
+void read_blocks(Program& program, nb::handle ids_object, Array<uint8_t, 2> out) {
+  const auto ids = to_array<int32_t>(ids_object, "ids");
+  const auto count = static_cast<int64_t>(ids.size());
+  require_size(out.size(), count * program.block_bytes(), "out");
+  nb::gil_scoped_release release;
+  program.read_blocks(ids.data(), count, out.data());
+}
+
+void write_blocks(Program& program, nb::handle ids_object, nb::handle data_object) {
+  const auto ids = to_array<int32_t>(ids_object, "ids");
+  const auto data = to_array<uint8_t, 2>(data_object, "data");
+  const auto count = static_cast<int64_t>(ids.size());
+  require_size(data.size(), count * program.block_bytes(), "data");
+  nb::gil_scoped_release release;
+  program.write_blocks(ids.data(), count, data.data());
+}
+
 }  // namespace
 }  // namespace octavo
 
@@ -315,6 +347,9 @@ NB_MODULE(_native, m) {
       .def("add_attention_stage", &add_attention_stage, "cache"_a, "query"_a, "out"_a)
       .def("finish", &Program::finish, "arena_bytes"_a, "logits"_a, "vocab"_a)
       .def("allocate_cache", &Program::allocate_cache, "num_layers"_a, "num_blocks"_a)
+      .def("copy_blocks", &copy_blocks, "pairs"_a)
+      .def("read_blocks", &read_blocks, "ids"_a, "out"_a)
+      .def("write_blocks", &write_blocks, "ids"_a, "data"_a)
       .def("run", &run, "batch"_a, "inputs"_a, "has_cache"_a, "rows"_a.none(), "sampled"_a.none())
       .def(
           "read_value",

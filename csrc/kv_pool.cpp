@@ -7,8 +7,9 @@
 namespace octavo {
 
 KvPool::KvPool(int64_t num_layers, int64_t num_blocks, int64_t block_bytes)
-    : num_blocks_(num_blocks),
-      layer_bytes_(num_blocks * block_bytes),
+    : num_planes_(2 * num_layers),
+      num_blocks_(num_blocks),
+      block_bytes_(block_bytes),
       mapping_(static_cast<size_t>(2 * num_layers * num_blocks * block_bytes)) {
   toucher_ = std::thread([this] { touch_pages(); });
 }

@@ -20,14 +20,18 @@ class KvPool {
   KvPool& operator=(const KvPool&) = delete;
 
   int64_t num_blocks() const { return num_blocks_; }
-  uint8_t* k(int64_t layer) const { return mapping_.data() + 2 * layer * layer_bytes_; }
-  uint8_t* v(int64_t layer) const { return mapping_.data() + (2 * layer + 1) * layer_bytes_; }
+  int64_t num_planes() const { return num_planes_; }    // K and V of each layer
+  int64_t block_bytes() const { return block_bytes_; }  // of a block's piece of a plane
+  uint8_t* k(int64_t layer) const { return block(2 * layer, 0); }
+  uint8_t* v(int64_t layer) const { return block(2 * layer + 1, 0); }
+  uint8_t* block(int64_t plane, int64_t id) const { return mapping_.data() + (plane * num_blocks_ + id) * block_bytes_; }
 
  private:
   void touch_pages();
 
+  int64_t num_planes_;
   int64_t num_blocks_;
-  int64_t layer_bytes_;
+  int64_t block_bytes_;
   Mapping mapping_;
   std::atomic<bool> stopping_{false};
   std::thread toucher_;

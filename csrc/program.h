@@ -132,6 +132,12 @@ class Program final : private Job {
 
   void allocate_cache(int64_t num_layers, int64_t num_blocks);
 
+  // Whole blocks over all layers, between steps. Each throws std::invalid_argument, having changed nothing, if an id is none.
+  int64_t block_bytes() const;
+  void copy_blocks(const int32_t* pairs, int64_t count);            // [count][source, destination], one after another
+  void read_blocks(const int32_t* ids, int64_t count, uint8_t* out);  // out: [count][block_bytes]
+  void write_blocks(const int32_t* ids, int64_t count, const uint8_t* data);
+
   // One step. Throws std::invalid_argument, having changed nothing, if the batch is outside its contract.
   void run(const BatchView& batch, const SamplingView* sampling);
   const float* value(Place place) const { return reinterpret_cast<const float*>(arena_.data() + place); }
@@ -151,6 +157,8 @@ class Program final : private Job {
   void check_sequences(const BatchView& batch) const;
   void check(const BatchView& batch, const SamplingView& sampling) const;
   void plan_step();
+  template <typename Move>
+  void move_blocks(const int32_t* ids, int64_t num_ids, int64_t count, Move move);
   int64_t count_items(const Stage& stage, int64_t* chunk) const;
   void run_rows(const Stage& stage, int64_t begin, int64_t end);
   void run_row_op(const RowOp& op, int64_t begin, int64_t end, int64_t stage_rows);

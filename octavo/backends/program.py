@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from octavo.graph.batch import Batch, SamplingRows, StepOutput
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.graph.batch import Batch, Int32, SamplingRows, StepOutput
 from octavo.graph.tensors import StoredTensor
 from octavo.graph.trace import CacheDtype, Graph
 
@@ -57,6 +60,25 @@ class Program(Protocol):
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Map the KV pool; every block reads as zero. Called once."""
+        ...
+
+    def copy_blocks(self, pairs: Int32) -> None:
+        """Copy whole KV blocks over all layers.
+
+        Args:
+            pairs: [P, 2], (source, destination); the result is that of one copy after another.
+
+        Raises:
+            KernelError: an id is outside the pool (nothing was copied); so for all three methods.
+        """
+        ...
+
+    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
+        """The content of whole KV blocks, [B, block_bytes], in a layout of this backend's own."""
+        ...
+
+    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+        """Give blocks the content that a Program compiled alike has read."""
         ...
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:

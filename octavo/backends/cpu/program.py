@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.backends.cpu import _native
 from octavo.backends.cpu.plan import (
@@ -23,7 +24,7 @@ from octavo.backends.cpu.plan import (
 from octavo.backends.program import CompileOptions
 from octavo.errors import KernelError
 from octavo.graph import ops as op
-from octavo.graph.batch import Batch, Float32, SamplingRows, StepOutput
+from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
 from octavo.graph.trace import Graph
 
 
@@ -85,6 +86,30 @@ class CpuProgram:
                 self._alive().allocate_cache(len(group.layers), num_blocks)
             except ValueError as error:
                 raise KernelError(str(error)) from None
+
+    def copy_blocks(self, pairs: Int32) -> None:
+        """Copy whole blocks, one pair after another."""
+        try:
+            self._alive().copy_blocks(pairs)
+        except ValueError as error:
+            raise KernelError(str(error)) from None
+
+    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
+        """The content of whole blocks: K of the first layer, V, K of the second ..."""
+        native = self._alive()
+        data = np.empty((len(ids), self.block_bytes()), np.uint8)
+        try:
+            native.read_blocks(ids, data)
+        except ValueError as error:
+            raise KernelError(str(error)) from None
+        return data
+
+    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+        """Give blocks a content that was read."""
+        try:
+            self._alive().write_blocks(ids, data)
+        except ValueError as error:
+            raise KernelError(str(error)) from None
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
         """Compute one step.

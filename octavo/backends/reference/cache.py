@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,36 @@ class PagedCache:
         self._scales: dict[int, Float32] = {}
         if dtype == "int8":
             self._scales = {layer: np.zeros((*shape[:-1], 1), np.float32) for layer in group.layers}
+
+    def copy_blocks(self, pairs: Int32) -> None:
+        """Copy whole blocks, one (source, destination) after another."""
+        for pieces in self._pieces():
+            for source, destination in pairs:
+                pieces[:, destination] = pieces[:, source]
+
+    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
+        """The bytes of whole blocks, [B, block_bytes]."""
+        taken = [
+            np.moveaxis(pieces[:, ids], 1, 0).reshape(len(ids), 2 * pieces.shape[2])
+            for pieces in self._pieces()
+        ]
+        return np.concatenate(taken, axis=1)
+
+    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+        """Give blocks the bytes that were read."""
+        start = 0
+        for pieces in self._pieces():
+            size = pieces.shape[2]
+            pieces[:, ids] = np.moveaxis(
+                data[:, start : start + 2 * size].reshape(len(ids), 2, size), 1, 0
+            )
+            start += 2 * size
+
+    def _pieces(self) -> Iterator[NDArray[np.uint8]]:
+        """Views [2, blocks, bytes] of everything that belongs to the blocks."""
+        for array in (*self._layers.values(), *self._scales.values()):
+            num_blocks = self.num_slots // self._block_size
+            yield array.reshape(2, num_blocks, -1).view(np.uint8)
 
     def write(self, layer: int, slots: Int32, keys: Float32, values: Float32) -> None:
         """Round K and V [T, num_kv_heads * head_dim] of a step and keep them at their slots."""

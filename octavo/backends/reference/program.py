@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.backends.key_scaling import key_factors
 from octavo.backends.program import CompileOptions, Progress
@@ -14,7 +15,7 @@ from octavo.backends.reference.cache import PagedCache
 from octavo.backends.reference.sampling import empty_output, sample
 from octavo.errors import ConfigError, KernelError
 from octavo.graph import ops as op
-from octavo.graph.batch import Batch, Float32, SamplingRows, StepOutput
+from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
 from octavo.graph.tensors import GroupedTensor, StoredTensor
 from octavo.graph.trace import Graph, Node
 
@@ -144,6 +145,34 @@ class ReferenceProgram:
             PagedCache(g, num_blocks, self._options.block_size, self._options.cache_dtype)
             for g in self._graph.cache_groups
         )
+
+    def copy_blocks(self, pairs: Int32) -> None:
+        """Copy whole blocks, one pair after another."""
+        self._cache_of_blocks(pairs, (2,)).copy_blocks(pairs)
+
+    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
+        """The content of whole blocks: every layer's array, then their scales."""
+        return self._cache_of_blocks(ids).read_blocks(ids)
+
+    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+        """Give blocks a content that was read."""
+        cache = self._cache_of_blocks(ids)
+        if data.dtype != np.uint8 or data.shape != (len(ids), self.block_bytes()):
+            raise KernelError(f"data is not uint8 [{len(ids)}, {self.block_bytes()}]")
+        cache.write_blocks(ids, data)
+
+    def _cache_of_blocks(self, ids: Int32, row: tuple[int, ...] = ()) -> PagedCache:
+        """The one cache, once `ids` of shape [n, *row] are found to lie inside it."""
+        self._alive()
+        if not self._caches:
+            raise KernelError("no cache is allocated")
+        cache = self._caches[0]
+        if ids.dtype != np.int32 or ids.ndim != 1 + len(row) or ids.shape[1:] != row:
+            raise KernelError("block ids are not an int32 array of the rank that the contract says")
+        num_blocks = cache.num_slots // self._options.block_size
+        if ids.size and not 0 <= ids.min() <= ids.max() < num_blocks:
+            raise KernelError("a block id lies outside the cache")
+        return cache
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
         """Compute one step."""
