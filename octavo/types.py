@@ -126,6 +126,20 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Name and details for people, such as "cpu avx512 2 threads"."""
 
 
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The tier below the KV pool, a snapshot; zeros where there is none."""
+
+    num_bytes: int = 0
+    num_blocks: int = 0
+    num_hits: int = 0
+    """Blocks that came back from it."""
+    num_writes: int = 0
+    num_drops: int = 0
+    """Blocks that were not kept because too many waited to be written."""
+    num_corrupt: int = 0
+    """Blocks whose bytes were no longer those that were written."""
+
+
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """The KV pool and its prefix cache, a snapshot."""
 
@@ -137,7 +151,8 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     num_queries: int = 0
     """Prompt tokens that the prefix cache looked up."""
     num_hits: int = 0
-    """Prompt tokens that the prefix cache served."""
+    """Prompt tokens that the prefix cache served, also from below the pool."""
+    lower: TierStats = TierStats()
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -308,12 +323,20 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     is_sampling: bool
 
 
+BlockMove = tuple[bytes, int]
+"""The hash of a prefix, and the id of the block that holds K and V of its last tokens."""
+
+
 class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """One step for the executor. Applied in the order: finished_rows, new_sequences, scheduled."""
+    """One step for the executor, applied in the order of the fields."""
 
     finished_rows: tuple[int, ...] = ()
     """Rows that ended or were preempted: forget them."""
     new_sequences: tuple[NewSequence, ...] = ()
+    stores: tuple[BlockMove, ...] = ()
+    """Blocks to keep in the tier below the pool before anything overwrites them."""
+    loads: tuple[BlockMove, ...] = ()
+    """Blocks to fill with what that tier has fetched."""
     scheduled: tuple[ScheduledSequence, ...] = ()
 
     @property
