@@ -90,7 +90,8 @@ class EngineCore:
         except BaseException:
             executor.close()
             raise
-        return cls(executor, Scheduler(config, capacity, find_eos()), capacity, clock)
+        scheduler = Scheduler(config, capacity, find_eos(), executor.tier)
+        return cls(executor, scheduler, capacity, clock)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; raises a RequestError if it could never run or the queue is full."""

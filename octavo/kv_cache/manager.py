@@ -65,6 +65,9 @@ class KVCacheManager:
     Attributes:
         num_queried_tokens: tokens looked up in the prefix cache, counted as blocks are given.
         num_hit_tokens: tokens of them that it served.
+        has_lower_tier: note in `stores` what the tier below the pool should keep.
+        stores: (hash, block id) of cached blocks that `allocate` gave away, and of those before
+            them in their chains; to be read before the new owners write.
     """
 
     def __init__(self, num_blocks: int, block_size: int, use_prefix_cache: bool = True) -> None:
@@ -73,6 +76,8 @@ class KVCacheManager:
         self.use_prefix_cache = use_prefix_cache
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self.has_lower_tier = False
+        self.stores: list[tuple[bytes, int]] = []
         self._blocks = Blocks(num_blocks)
         self._block_of: dict[bytes, int] = {}
         self._num_cached_idle = 0
@@ -172,6 +177,8 @@ class KVCacheManager:
             if prefix_hash not in self._block_of:
                 self._block_of[prefix_hash] = block_id
                 self._blocks.hash[block_id] = prefix_hash
+                self._blocks.parent[block_id] = table.hashes[i - 1] if i else table.root
+                self._blocks.is_stored[block_id] = 0
         table.num_committed_blocks = max(table.num_committed_blocks, num_full)
 
     def free(self, table: BlockTable) -> None:
@@ -248,8 +255,27 @@ class KVCacheManager:
         block_id = self._blocks.free.pop_first()
         prefix_hash = self._blocks.hash[block_id]
         if prefix_hash is not None:
+            if self.has_lower_tier:
+                self._store(prefix_hash, block_id)
             del self._block_of[prefix_hash]
             self._blocks.hash[block_id] = None
             self._num_cached_idle -= 1
         self._blocks.ref_count[block_id] = 1
         return block_id
+
+    def _store(self, prefix_hash: bytes, block_id: int) -> None:
+        """Have a block stored that is being evicted, and before it those that lead to it.
+
+        The first blocks of a chain are the last to be evicted. Without them nothing of the chain
+        would be found after a restart.
+        """
+        blocks = self._blocks
+        chain = [(prefix_hash, block_id)]
+        before = self._block_of.get(blocks.parent[block_id])
+        while before is not None and not blocks.is_stored[before]:
+            name = blocks.hash[before]
+            assert name is not None
+            chain.append((name, before))
+            blocks.is_stored[before] = 1
+            before = self._block_of.get(blocks.parent[before])
+        self.stores += reversed(chain)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequestError, OverloadedError
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.tiers import LowerTier, TierMoves
 from octavo.scheduler.limits import RequestLimits
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
 from octavo.scheduler.request import Request, Sequence, Status
@@ -75,7 +76,11 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: EngineConfig, capacity: Capacity, eos_token_ids: frozenset[int]
+        self,
+        config: EngineConfig,
+        capacity: Capacity,
+        eos_token_ids: frozenset[int],
+        lower: LowerTier | None = None,
     ) -> None:
         """Start without requests.
 
@@ -83,6 +88,7 @@ class Scheduler:
             config: gives the limits of a step and of the queue, the policy and the prefix cache.
             capacity: gives the KV pool and max_model_len.
             eos_token_ids: tokens that end a sequence unless its request ignores them.
+            lower: where blocks go that leave the pool.
         """
         self._config = config
         pool = capacity.kv_pool
@@ -90,6 +96,7 @@ class Scheduler:
         self._limits = RequestLimits(capacity)
         self._eos_token_ids = eos_token_ids
         self._cache = KVCacheManager(pool.num_blocks, pool.block_size, config.use_prefix_cache)
+        self._tiers = TierMoves(self._cache, lower)
         self._requests: dict[str, Request] = {}
         self._waiting = RankedList()
         self._shares = PromptShares()
@@ -162,7 +169,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        self._cache.reset_prefix_cache()
+        self._tiers.clear()
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
@@ -173,6 +180,7 @@ class Scheduler:
             num_blocks_cached=self._cache.num_cached_idle_blocks,
             num_queries=self._cache.num_queried_tokens,
             num_hits=self._cache.num_hit_tokens,
+            lower=self._tiers.stats(),
         )
         return EngineStats(
             num_running=num_running,
@@ -215,10 +223,13 @@ class Scheduler:
         if not step.scheduled:
             return SchedulerOutput()
         finished_rows, self._finished_rows = self._finished_rows, []
+        stores, loads = self._tiers.take()
         self._in_flight = step
         return SchedulerOutput(
             finished_rows=tuple(finished_rows),
             new_sequences=tuple(step.new_sequences),
+            stores=stores,
+            loads=loads,
             scheduled=tuple(step.scheduled),
         )
 
@@ -266,6 +277,8 @@ class Scheduler:
 
     def _schedule_prompts(self, step: _Step, prompts: list[Sequence]) -> None:
         """Share what is left of the budget between running prompts and waiting sequences."""
+        for seq in prompts:
+            self._load(seq)
         if step.may_admit:
             prompts += self._waiting.first(len(self._free_rows))
         shares: dict[Sequence, int] = {}
@@ -321,7 +334,8 @@ class Scheduler:
             step.may_admit = False
             return False
         self._waiting.remove(seq)
-        self._start(seq, prefix.num_tokens, step.now)
+        num_cached = self._tiers.load(seq.table, seq.token_ids, prefix.num_tokens)
+        self._start(seq, num_cached, step.now)
         step.admitted_blocks[seq] = new_blocks
         step.new_sequences.append(
             NewSequence(
@@ -348,6 +362,13 @@ class Scheduler:
         seq.row = self._free_rows.pop()
         self._rows[seq.row] = seq
         insort(self._running, seq, key=by_rank)
+
+    def _load(self, seq: Sequence) -> None:
+        """Have a running prompt's next blocks loaded, if the tier below the pool has them."""
+        request, num_computed = seq.request, seq.num_computed_tokens
+        seq.num_computed_tokens = self._tiers.load(seq.table, seq.token_ids, num_computed)
+        if seq.num_output_tokens == 0:  # Else the client has been told already.
+            request.num_cached_tokens += seq.num_computed_tokens - num_computed
 
     def _grow(self, seq: Sequence, step: _Step) -> tuple[int, ...] | None:
         """Get the block for a running sequence's next token, at the cost of the last ones in rank.
@@ -377,7 +398,7 @@ class Scheduler:
         (token_id,) = sampled.token_ids
         request, table = seq.request, seq.table
         if token_id < 0:
-            self._cache.forget(table)  # Its K and V may be as broken as its logits.
+            self._tiers.discard(table)  # Its K and V may be as broken as its logits.
             self._end(seq)
             return TokenUpdate(request.request_id, seq.index, finish_reason="error")
         if seq.num_computed_tokens // self._block_size > table.num_committed_blocks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from octavo.types import (
     SampledTokens,
     SamplingParams,
     SchedulerOutput,
+    TierStats,
     TokenUpdate,
 )
 
@@ -81,10 +84,51 @@ class Row:
     num_computed: int = 0
 
 
+Slots = tuple[tuple[int, int], ...]
+"""What lies in the slots of a block: (position, name of the prefix) of each."""
+
+
+class FakeTier:
+    """Keeps what is stored below the pool, and checks what is asked of it."""
+
+    def __init__(self, most_blocks: int) -> None:
+        self.most_blocks = most_blocks
+        self.blocks: dict[bytes, Slots] = {}
+        self.staged: set[bytes] = set()
+        self.num_loads = 0
+        self._meaning: dict[bytes, Slots] = {}
+
+    def fetch(self, hashes: Sequence[bytes]) -> int:
+        assert len(set(hashes)) == len(hashes)
+        known = list(itertools.takewhile(self.blocks.__contains__, hashes))
+        self.staged.update(known[: self.most_blocks])
+        return len(known[: self.most_blocks])
+
+    def discard(self, hashes: Sequence[bytes]) -> None:
+        for prefix_hash in hashes:
+            self.blocks.pop(prefix_hash, None)
+
+    def clear(self) -> None:
+        self.blocks.clear()
+
+    def stats(self) -> TierStats:
+        return TierStats(num_blocks=len(self.blocks))
+
+    def store(self, prefix_hash: bytes, content: Slots) -> None:
+        assert self._meaning.setdefault(prefix_hash, content) == content, "a hash with two meanings"
+        self.blocks[prefix_hash] = content
+
+    def load(self, prefix_hash: bytes) -> Slots:
+        assert prefix_hash in self.staged, "a load of what was not fetched"
+        self.num_loads += 1
+        return self._meaning[prefix_hash]
+
+
 class SimulatedExecutor:
     """Keeps what was last written into each slot, and checks every read against it."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, tier: FakeTier | None = None) -> None:
+        self.tier = tier
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.memory: dict[int, tuple[int, int]] = {}
@@ -96,6 +140,7 @@ class SimulatedExecutor:
         for new in plan.new_sequences:
             assert new.row not in self.rows, "a row is reused before it was told to be finished"
             self.rows[new.row] = Row(new, list(new.token_ids))
+        self._move(plan)
         for entry in plan.scheduled:
             row = self.rows[entry.row]
             row.block_ids += entry.new_block_ids
@@ -105,7 +150,8 @@ class SimulatedExecutor:
             assert end <= len(row.token_ids)
             assert end <= len(row.block_ids) * self.block_size, "a token has no slot"
             assert entry.is_sampling == (end == len(row.token_ids))
-            assert row.num_computed in (0, entry.num_computed_tokens), "a chunk was skipped"
+            is_next = row.num_computed in (0, entry.num_computed_tokens)
+            assert is_next or plan.loads, "a chunk was skipped"
             row.num_computed = end
             prefix_names(row.token_ids, row.names)
             self._check_writes(row, entry.num_computed_tokens)
@@ -119,6 +165,21 @@ class SimulatedExecutor:
                 if self._check_reads(self.rows[entry.row]) and entry.is_sampling
             )
         )
+
+    def _move(self, plan: SchedulerOutput) -> None:
+        """Store and load whole blocks."""
+        assert self.tier is not None or not (plan.stores or plan.loads)
+        if self.tier is None:
+            return
+        for prefix_hash, block_id in plan.stores:
+            begin = block_id * self.block_size
+            slots = range(begin, begin + self.block_size)
+            self.tier.store(prefix_hash, tuple(self.memory[slot] for slot in slots))
+        for prefix_hash, block_id in plan.loads:
+            begin = block_id * self.block_size
+            for offset, content in enumerate(self.tier.load(prefix_hash)):
+                self.memory[begin + offset] = content
+        self.tier.staged.clear()
 
     def _slot(self, row: Row, position: int) -> int:
         at, offset = divmod(position, self.block_size)
@@ -146,7 +207,12 @@ class World:
     """A scheduler and its simulated executor, stepping together."""
 
     def __init__(
-        self, *, num_blocks: int = 64, max_model_len: int = 1024, **options: object
+        self,
+        *,
+        num_blocks: int = 64,
+        max_model_len: int = 1024,
+        tier: FakeTier | None = None,
+        **options: object,
     ) -> None:
         self.config = EngineConfig(
             **{  # type: ignore[arg-type]
@@ -171,8 +237,8 @@ class World:
             vocab_size=VOCAB_SIZE,
             backend="fake",
         )
-        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}))
-        self.executor = SimulatedExecutor(num_blocks, self.config.block_size)
+        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}), tier)
+        self.executor = SimulatedExecutor(num_blocks, self.config.block_size, tier)
         self.num_steps = 0
         self.plan = SchedulerOutput()
         self.updates: list[TokenUpdate] = []
@@ -259,7 +325,9 @@ class World:
 @pytest.fixture(scope="session")
 def simulation() -> SimpleNamespace:
     """The names of this file that tests use (test folders are no packages to import from)."""
-    return SimpleNamespace(World=World, run_alone=run_alone, EOS=EOS, VOCAB_SIZE=VOCAB_SIZE)
+    return SimpleNamespace(
+        World=World, FakeTier=FakeTier, run_alone=run_alone, EOS=EOS, VOCAB_SIZE=VOCAB_SIZE
+    )
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ SMALL_WORLDS = st.fixed_dictionaries(
         "max_num_waiting": st.integers(1, 6),
         "use_prefix_cache": st.booleans(),
         "policy": st.sampled_from(["fcfs", "priority"]),
+        "tier_blocks": st.sampled_from([None, None, 1, 100]),
     }
 )
 # Few beginnings and few token ids, so that prompts share prefixes all the time.
@@ -64,7 +65,9 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(options=SMALL_WORLDS)
     def start(self, options: dict[str, Any]) -> None:
-        self.world = self.simulation.World(**options)
+        most = options.pop("tier_blocks")
+        self.tier = None if most is None else self.simulation.FakeTier(most)
+        self.world = self.simulation.World(**options, tier=self.tier)
         self.scheduler = self.world.scheduler
 
     @rule(asked=st.lists(st.tuples(PROMPTS, PARAMS, st.integers(-1, 1)), min_size=1, max_size=4))
@@ -118,6 +121,7 @@ class Histories(RuleBasedStateMachine):
         self.scheduler.reset_prefix_cache()
         self.scheduler.check_invariants()
         assert self.scheduler.stats().cache.num_blocks_cached == 0
+        assert self.tier is None or not self.tier.blocks
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
