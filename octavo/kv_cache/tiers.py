@@ -77,6 +77,8 @@ class TierMoves:
 
     def take(self) -> tuple[tuple[BlockMove, ...], tuple[BlockMove, ...]]:
         """The stores and the loads of the plan that is complete now."""
+        if not self._cache.stores and not self._loads:
+            return (), ()
         # A block that is loaded has the content of its name only then, and it lies below anyway.
         loads = dict.fromkeys(self._loads)
         stores = [move for move in dict.fromkeys(self._cache.stores) if move not in loads]

@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +33,9 @@ BATCH_BLOCKS = 32
 
 _SEGMENT_NAME = re.compile(r"\d{8,}\.kv")
 _LOCK_NAME = "lock"
+
+Dropped = tuple[Path, Segment | None]
+"""A segment that nothing refers to any more."""
 
 _log = logging.getLogger("octavo.kv_disk")
 
@@ -72,7 +75,8 @@ class DiskBlockStore:
         try:
             self._open_segments()
             newest = self._newest()
-            self._make_room(0 if newest is None else newest.shape.num_bytes - newest.num_bytes)
+            growth = 0 if newest is None else newest.shape.num_bytes - newest.num_bytes
+            _remove(self._drop_beyond(growth))
         except OSError as error:
             os.close(self._lock_fd)
             raise ConfigError(f"--kv-disk {folder} can't be used: {error.strerror}") from None
@@ -152,8 +156,7 @@ class DiskBlockStore:
         with self._clearing, self._changed:
             self._queue.clear()
             try:
-                while self._segments:
-                    self._drop_first()
+                _remove([self._drop_first() for _ in range(len(self._segments))])
             except OSError as error:
                 self._turn_off(error)
 
@@ -193,17 +196,16 @@ class DiskBlockStore:
                     return
             try:
                 with self._clearing:
-                    self._write_batch()
+                    if self._queue:  # Else all has just been forgotten.
+                        self._write_batch()
             except OSError as error:
                 with self._changed:
                     self._turn_off(error)
                 return
 
     def _write_batch(self) -> None:
+        segment = self._writable_segment()
         with self._changed:
-            if not self._queue:  # All has just been forgotten.
-                return
-            segment = self._writable_segment()
             count = min(BATCH_BLOCKS, segment.num_free_slots)
             batch = list(self._queue.items())[:count]
             first = len(segment.hashes)
@@ -219,14 +221,17 @@ class DiskBlockStore:
 
     def _writable_segment(self) -> Segment:
         """The newest segment if it has a free slot, else a new one, with room made for it."""
-        newest = self._newest()
-        if newest is not None and newest.num_free_slots:
-            return newest
-        self._make_room(self._shape.num_bytes)
+        with self._changed:
+            newest = self._newest()
+            if newest is not None and newest.num_free_slots:
+                return newest
+            dropped = self._drop_beyond(self._shape.num_bytes)
+        _remove(dropped)  # Deleting a large file takes a while; nobody waits for it.
         self._last_number += 1
         segment = Segment.create(self._folder / f"{self._last_number:08}.kv", self._shape)
-        self._segments[segment.path] = segment
-        self._sizes[segment.path] = segment.num_bytes
+        with self._changed:
+            self._segments[segment.path] = segment
+            self._sizes[segment.path] = segment.num_bytes
         return segment
 
     # ---- Under the lock ------------------------------------------------------------------------
@@ -264,21 +269,22 @@ class DiskBlockStore:
         path = max(self._segments, default=None)
         return None if path is None else self._segments[path]
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _drop_beyond(self, num_bytes: int) -> list[Dropped]:
         """Drop segments until `num_bytes` more stay within the bound."""
+        dropped = []
         while self._segments and sum(self._sizes.values()) + num_bytes > self._max_bytes:
-            self._drop_first()
+            dropped.append(self._drop_first())
+        return dropped
 
-    def _drop_first(self) -> None:
-        """Drop the least recently used segment with all its blocks."""
+    def _drop_first(self) -> Dropped:
+        """Forget the least recently used segment with all its blocks; its file is left."""
         path, segment = self._segments.popitem(last=False)
         del self._sizes[path]
         if segment is not None:
             for prefix_hash in segment.hashes:
                 if prefix_hash is not None and self._index[prefix_hash][0] is segment:
                     del self._index[prefix_hash]
-            segment.close()
-        path.unlink()
+        return path, segment
 
     def _use(self, segment: Segment, is_read: bool = False) -> None:
         """A block of it was asked for: it is dropped after all others."""
@@ -322,6 +328,14 @@ class DiskBlockStore:
         self._index.clear()
         self._queue.clear()
         self._changed.notify()
+
+
+def _remove(dropped: Iterable[Dropped]) -> None:
+    """Close and delete segments."""
+    for path, segment in dropped:
+        if segment is not None:
+            segment.close()
+        path.unlink()
 
 
 def _plan_shape(key: bytes, block_bytes: int, max_bytes: int) -> Shape:

@@ -91,8 +91,9 @@ Slots = tuple[tuple[int, int], ...]
 class FakeTier:
     """Keeps what is stored below the pool, and checks what is asked of it."""
 
-    def __init__(self, most_blocks: int) -> None:
+    def __init__(self, most_blocks: int, capacity: int = 1_000_000) -> None:
         self.most_blocks = most_blocks
+        self.capacity = capacity
         self.blocks: dict[bytes, Slots] = {}
         self.staged: set[bytes] = set()
         self.num_loads = 0
@@ -117,6 +118,8 @@ class FakeTier:
     def store(self, prefix_hash: bytes, content: Slots) -> None:
         assert self._meaning.setdefault(prefix_hash, content) == content, "a hash with two meanings"
         self.blocks[prefix_hash] = content
+        if len(self.blocks) > self.capacity:
+            del self.blocks[next(iter(self.blocks))]
 
     def load(self, prefix_hash: bytes) -> Slots:
         assert prefix_hash in self.staged, "a load of what was not fetched"

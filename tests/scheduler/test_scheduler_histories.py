@@ -33,7 +33,7 @@ SMALL_WORLDS = st.fixed_dictionaries(
         "max_num_waiting": st.integers(1, 6),
         "use_prefix_cache": st.booleans(),
         "policy": st.sampled_from(["fcfs", "priority"]),
-        "tier_blocks": st.sampled_from([None, None, 1, 100]),
+        "tier": st.sampled_from([None, None, (1, 1000), (100, 1000), (100, 5)]),
     }
 )
 # Few beginnings and few token ids, so that prompts share prefixes all the time.
@@ -65,8 +65,8 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(options=SMALL_WORLDS)
     def start(self, options: dict[str, Any]) -> None:
-        most = options.pop("tier_blocks")
-        self.tier = None if most is None else self.simulation.FakeTier(most)
+        tier = options.pop("tier")
+        self.tier = None if tier is None else self.simulation.FakeTier(*tier)
         self.world = self.simulation.World(**options, tier=self.tier)
         self.scheduler = self.world.scheduler
 
