@@ -367,8 +367,9 @@ class Scheduler:
         """Have a running prompt's next blocks loaded, if the tier below the pool has them."""
         request, num_computed = seq.request, seq.num_computed_tokens
         seq.num_computed_tokens = self._tiers.load(seq.table, seq.token_ids, num_computed)
-        if seq.num_output_tokens == 0:  # Else the client has been told already.
-            request.num_cached_tokens += seq.num_computed_tokens - num_computed
+        # Preempted ones may load the same blocks again.
+        num_cached = request.num_cached_tokens + seq.num_computed_tokens - num_computed
+        request.num_cached_tokens = min(num_cached, request.num_prompt_tokens - 1)
 
     def _grow(self, seq: Sequence, step: _Step) -> tuple[int, ...] | None:
         """Get the block for a running sequence's next token, at the cost of the last ones in rank.

@@ -65,6 +65,23 @@ def test_what_is_evicted_is_stored_with_what_leads_to_it() -> None:
     assert moves.take() == ((), ())
 
 
+def test_a_block_with_another_content_is_stored_anew() -> None:
+    manager, _, moves = make(4)
+    first = compute(manager, tokens(12))
+    blocks = first.block_ids[:]
+    manager.free(first)
+    fillers = [compute(manager, tokens(8, start)) for start in (50, 60)]  # Evict all of it.
+    for filler in fillers:
+        manager.forget(filler)
+        manager.free(filler)
+    moves.take()
+    second = compute(manager, tokens(12, 100))
+    assert set(second.block_ids[:2]) == set(blocks[:2]), "they lead to the one that is evicted"
+    manager.free(second)
+    compute(manager, tokens(5, 200))
+    assert [prefix_hash for prefix_hash, _ in moves.take()[0]] == second.hashes
+
+
 def test_without_a_tier_nothing_is_noted() -> None:
     manager = KVCacheManager(2, block_size=4)
     moves = TierMoves(manager, None)

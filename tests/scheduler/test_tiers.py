@@ -89,6 +89,25 @@ def test_what_takes_long_is_loaded_over_several_steps(make_world: Any, tier: Any
     assert world.output(again) == world.output("request-1")
 
 
+def test_a_preempted_prompt_loads_again_what_it_lost(make_world: Any, tier: Any) -> None:
+    prompt = [*range(1, 21), *range(20), 1]
+    world = make_world(num_blocks=13, max_num_batched_tokens=2, tier=tier)
+    world.add(prompt, max_tokens=1)
+    world.drain()
+    evict(world, [[token] * 41 for token in (3, 4, 5)])
+    tier.most_blocks = 1
+    world.add([2, 2, 2], max_tokens=27, name="first in rank")
+    world.step()
+    name = world.add(prompt, max_tokens=1)
+    loads = 0
+    while world.scheduler.has_work():
+        loads += len(world.schedule().loads)
+        world.finish_step()
+    assert world.scheduler.stats().num_preemptions > 0
+    assert loads > 10
+    assert world.output(name) == world.output("request-1")
+
+
 def test_a_damaged_prefix_is_never_loaded_again(make_world: Any, tier: Any) -> None:
     world = make_world(num_blocks=7, tier=tier)
     name = world.add(PROMPT, max_tokens=8, seed=7)  # Its third token cannot be sampled.
