@@ -17,7 +17,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens of one request are chosen; fields and defaults are vLLM's.
 
     Attributes:
-        n: how many independent sequences to sample from the prompt.
+        n: how many sequences to return: independent samples, or the best beams.
+        best_of: how many to sample, of which the n with the greatest mean log probability are
+            returned, or how many beams to search with; None means n.
+        use_beam_search: search for the most probable sequences instead of sampling.
+        length_penalty: beams are ranked by their log probability / length ** length_penalty.
+        early_stopping: end a beam search as soon as `best_of` beams have ended (True), when no
+            better one is likely (False) or when none is possible ("never"); as in transformers.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this.
@@ -39,6 +45,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -56,6 +66,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     logit_bias: dict[int, float] = {}
     skip_special_tokens: bool = True
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are computed at a time."""
+        return self.n if self.best_of is None else self.best_of
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -305,13 +320,45 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
 
 
+class Fork(msgspec.Struct, frozen=True, array_like=True):
+    """A row goes on from another one, or from itself, with another token than was sampled for it.
+
+    Attributes:
+        row: gets the tokens, the block table and the parameters of `parent_row` as they were before
+            any fork of this step.
+        parent_row: where it comes from.
+        position: where `token_id` stands: after the tokens that the parent has computed.
+    """
+
+    row: int
+    parent_row: int
+    position: int
+    token_id: int
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """A row writes into a block that others hold too: it gets a copy first.
+
+    Attributes:
+        row: as in NewSequence.
+        index: place in its block table that `destination` takes.
+        source, destination: block ids; the copy is done before the step, in the order of the plan.
+    """
+
+    row: int
+    index: int
+    source: int
+    destination: int
+
+
 class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     """One row's part of a step.
 
     Attributes:
         row: as in NewSequence.
         num_computed_tokens: tokens whose K and V lie in the cache already.
-        num_new_tokens: tokens to compute now, following those.
+        num_new_tokens: tokens to compute now, following those; 0: sample once more from the logits
+            of the row before this one in the plan, which has the same tokens.
         new_block_ids: appended to the row's block table before this step.
         is_sampling: the last of the new tokens is the last known one: sample its successor.
     """
@@ -328,13 +375,15 @@ BlockMove = tuple[bytes, int]
 
 
 class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """One step for the executor, applied in the order of the fields."""
+    """One step for the executor, applied in the order of its fields."""
 
     finished_rows: tuple[int, ...] = ()
-    """Rows that ended or were preempted: forget them."""
+    """Rows that ended or were preempted, maybe before any step of theirs: forget them."""
+    forks: tuple[Fork, ...] = ()
     new_sequences: tuple[NewSequence, ...] = ()
     stores: tuple[BlockMove, ...] = ()
     """Blocks to keep in the tier below the pool before anything overwrites them."""
+    copies: tuple[BlockCopy, ...] = ()
     loads: tuple[BlockMove, ...] = ()
     """Blocks to fill with what that tier has fetched."""
     scheduled: tuple[ScheduledSequence, ...] = ()

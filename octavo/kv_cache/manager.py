@@ -10,15 +10,18 @@ Free blocks are taken first, then cached-idle ones, the least recently used firs
 whose step has returned get a hash, so whatever `match_prefix` finds is in memory already. Works on
 token ids and block ids: no tensors, no text, no clock, no requests.
 
-Left for later: `fork` (a second table over the same blocks, copied on write) and several cache
-groups, one table each.
+A block may stand in many tables: those that begin with the same prefix, and those that were forked
+from one another. It is written only by a table that holds it alone: `own` gives a table a copy
+first (copy-on-write; Kwon et al. 2023, section 4.4).
+
+Left for later: several cache groups, one table each.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from octavo.kv_cache.block import Blocks
@@ -26,11 +29,12 @@ from octavo.kv_cache.prefix import extend_chain, root_hash
 
 
 class BlockTable:
-    """The blocks of one sequence in the order of its tokens; append-only until it is freed.
+    """The blocks of one sequence in the order of its tokens; only `own` replaces one of them.
 
     Attributes:
         block_ids: token i lies in slot i % block_size of block_ids[i // block_size].
-        num_committed_blocks: how many of them, from the first, were offered to the prefix cache.
+        num_committed_blocks: how many of them, from the first, are full and computed, and were
+            offered to the prefix cache.
         hashes: of the full blocks, as far as needed yet; kept by `free`, as the tokens are too.
         root: the hash before the first block.
     """
@@ -161,16 +165,64 @@ class KVCacheManager:
         self.num_hit_tokens += prefix.num_tokens
         return new_ids
 
+    def fork(self, parent: BlockTable, child: BlockTable) -> None:
+        """Let an empty table hold every block of another one; nothing is copied."""
+        assert not child.block_ids, "a table is forked into an empty one"
+        for block_id in parent.block_ids:
+            self._blocks.ref_count[block_id] += 1
+        child.block_ids = parent.block_ids[:]
+        child.num_committed_blocks = parent.num_committed_blocks
+        child.hashes = parent.hashes[:]
+
+    def num_sharers(self, table: BlockTable, index: int) -> int:
+        """How many tables hold block `index` of this one: it may be written if there is but one."""
+        return self._blocks.ref_count[table.block_ids[index]]
+
+    def num_missing_blocks(self, writes: Sequence[tuple[BlockTable, int]]) -> int:
+        """How many blocks `allocate` and `own` must give before a step may write.
+
+        Args:
+            writes: tables, each with the position of the one token that it writes.
+        """
+        num_missing = 0
+        writers: Counter[int] = Counter()
+        for table, position in writes:
+            index = position // self.block_size
+            if index == len(table.block_ids):
+                num_missing += 1
+            else:
+                writers[table.block_ids[index]] += 1
+        for block_id, count in writers.items():
+            # The last one that holds a block need not copy it.
+            num_missing += count - (count == self._blocks.ref_count[block_id])
+        return num_missing
+
+    def own(self, table: BlockTable, index: int) -> tuple[int, int] | None:
+        """Give the table a block of its own in the place of one that others hold too.
+
+        Returns:
+            (source, destination): the content to be copied before the table's next step; or None:
+            there is no room and nothing has changed.
+        """
+        if not len(self._blocks.free):
+            return None
+        source = table.block_ids[index]
+        assert self._blocks.ref_count[source] > 1, "the block is the table's own already"
+        self._blocks.ref_count[source] -= 1
+        table.block_ids[index] = destination = self._take()
+        return source, destination
+
     def commit(self, table: BlockTable, token_ids: array[int], num_computed_tokens: int) -> None:
         """Let the prefix cache serve the table's full blocks up to `num_computed_tokens`.
 
         Call it only when the step that computed them has returned. If an equal block is cached
-        already, that one stays and ours gets no hash: tables are append-only, so ours cannot be
-        swapped for it; ours is simply the first to be reused once it is free.
+        already, that one stays and ours gets no hash: a step in flight may read ours, so it is not
+        swapped for that one; it is simply the first to be reused once it is free.
         """
-        if not self.use_prefix_cache:
-            return
         num_full = num_computed_tokens // self.block_size
+        if not self.use_prefix_cache:
+            table.num_committed_blocks = num_full
+            return
         extend_chain(table.hashes, table.root, token_ids, self.block_size, num_full)
         for i in range(table.num_committed_blocks, num_full):
             prefix_hash, block_id = table.hashes[i], table.block_ids[i]

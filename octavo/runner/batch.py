@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.graph.batch import Batch, Int32
-from octavo.types import NewSequence, ScheduledSequence, SchedulerOutput
+from octavo.types import BlockCopy, Fork, NewSequence, ScheduledSequence, SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,27 @@ class RowTable:
         self._block_tables[row, : self._num_blocks[row]] = 0
         self._num_blocks[row] = 0
 
+    def fork(self, forks: Sequence[Fork]) -> None:
+        """Let rows go on from other rows, each as it was before, with another last token."""
+        rows = [fork.row for fork in forks]
+        parents = [fork.parent_row for fork in forks]
+        positions = [fork.position for fork in forks]
+        moved = [(row, parent) for row, parent in zip(rows, parents, strict=True) if row != parent]
+        if moved:
+            to, of = np.array(moved, np.intp).T
+            num_tokens = max(positions)
+            self.token_ids[to, :num_tokens] = self.token_ids[of, :num_tokens]
+            self._block_tables[to] = self._block_tables[of]
+            counts = [self._num_blocks[parent] for _, parent in moved]
+            for (row, _), count in zip(moved, counts, strict=True):
+                self._num_blocks[row] = count
+        self.token_ids[rows, positions] = [fork.token_id for fork in forks]
+
+    def replace_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Put the destination of each copy into the block table of its row."""
+        for copy in copies:
+            self._block_tables[copy.row, copy.index] = copy.destination
+
     def append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
         """Append to the block table of a row."""
         start = self._num_blocks[row]
@@ -77,13 +98,20 @@ class RowTable:
         rows, computed, new, is_sampling = _columns(scheduled)
         start = np.zeros(len(scheduled) + 1, np.int32)
         np.cumsum(new, out=start[1:])
+        sampling = np.flatnonzero(is_sampling)
+        sampled = SampledRows(rows[sampling], (computed + new)[sampling])
+        # A row without new tokens has the last logits of the one before it.
+        logits_rows = start[1:][sampling] - np.int32(1)
+        if not new.all():
+            has_tokens = new > 0
+            rows, computed, new = rows[has_tokens], computed[has_tokens], new[has_tokens]
+            start = np.concatenate((start[:1], start[1:][has_tokens]))
         token_rows = np.repeat(rows, new)
         positions = np.arange(int(start[-1]), dtype=np.int32)
         positions += np.repeat(computed - start[:-1], new)
         slots = self._slots(token_rows, positions)
         seq_lens = computed + new
         num_blocks = -(-int(seq_lens.max()) // self.block_size)
-        sampling = np.flatnonzero(is_sampling)
         batch = Batch(
             token_ids=self.token_ids[token_rows, positions],
             positions=positions[None, :],
@@ -91,9 +119,9 @@ class RowTable:
             seq_lens=seq_lens,
             block_tables=(self._block_tables[rows, :num_blocks],),
             slot_mapping=(slots,),
-            logits_rows=start[1:][sampling] - np.int32(1),
+            logits_rows=logits_rows,
         )
-        return batch, SampledRows(rows[sampling], seq_lens[sampling])
+        return batch, sampled
 
     def _build_decodes(self, scheduled: Sequence[ScheduledSequence]) -> tuple[Batch, SampledRows]:
         """`build` where each row adds one token and samples: the same arrays, in fewer calls.

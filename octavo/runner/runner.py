@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from octavo.backends.program import Program
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.runner.batch import RowTable, SampledRows
@@ -13,7 +15,10 @@ from octavo.types import ModelOutput, SampledTokens, SchedulerOutput, TokenLogpr
 
 
 class Runner:
-    """Runs the steps that a scheduler planned. Rows are numbered below `num_rows`."""
+    """Runs the steps that a scheduler planned.
+
+    Rows are numbered below `num_rows`; a plan is applied in the order of its fields.
+    """
 
     def __init__(
         self,
@@ -33,9 +38,10 @@ class Runner:
 
     def step(self, plan: SchedulerOutput) -> ModelOutput:
         """Compute a step; one entry for each scheduled row that is_sampling, in order."""
-        self._update_rows(plan)
         if self._tier is not None:
             self._tier.save(plan.stores)
+        self._update_rows(plan)
+        if self._tier is not None:
             self._tier.load(plan.loads)
         if not plan.scheduled:
             return ModelOutput()
@@ -56,9 +62,16 @@ class Runner:
     def _update_rows(self, plan: SchedulerOutput) -> None:
         for row in plan.finished_rows:
             self._sampler.remove(row)
+        if plan.forks:
+            self._rows.fork(plan.forks)
+            self._sampler.fork([fork for fork in plan.forks if fork.row != fork.parent_row])
         for sequence in plan.new_sequences:
             self._rows.insert(sequence)
             self._sampler.insert(sequence)
+        if plan.copies:
+            self._rows.replace_blocks(plan.copies)
+            pairs = [(copy.source, copy.destination) for copy in plan.copies]
+            self._program.copy_blocks(np.array(pairs, np.int32))
 
     def _build(self, plan: SchedulerOutput) -> tuple[Batch, SampledRows, SamplingRows | None]:
         batch, sampled = self._rows.build(plan)

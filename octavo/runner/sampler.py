@@ -7,7 +7,7 @@ sequence is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from octavo.graph.batch import Bias, Filters, Float32, Int32, Noise, Penalties, SamplingRows
 from octavo.runner.batch import SampledRows
-from octavo.types import NewSequence
+from octavo.types import Fork, NewSequence
 
 GREEDY_BELOW = 1e-4
 """A positive temperature below this is taken as its limit, 0: the quotient could leave float32."""
@@ -100,6 +100,14 @@ class SamplerTable:
             self._histories.pop(row, None)
         else:
             self._histories[row] = history
+
+    def fork(self, forks: Sequence[Fork]) -> None:
+        """Let rows be sampled as their parents are; of rows without penalties and biases alone."""
+        self._last = None
+        for fork in forks:
+            self._floats[:, fork.row] = self._floats[:, fork.parent_row]
+            self._ints[:, fork.row] = self._ints[:, fork.parent_row]
+            self._seeds[fork.row] = self._seeds[fork.parent_row]
 
     def remove(self, row: int) -> None:
         """Forget a row."""

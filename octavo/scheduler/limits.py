@@ -11,8 +11,9 @@ MAX_TOKEN_ID = 2**31 - 1
 class RequestLimits:
     """The bounds that the model and the KV pool set to one sequence."""
 
-    def __init__(self, capacity: Capacity) -> None:
-        """Keep the bounds."""
+    def __init__(self, capacity: Capacity, num_rows: int) -> None:
+        """Keep the bounds; a step has `num_rows` rows."""
+        self._num_rows = num_rows
         self._max_model_len = capacity.max_model_len
         self._num_blocks = capacity.kv_pool.num_blocks
         self._block_size = capacity.kv_pool.block_size
@@ -42,11 +43,37 @@ class RequestLimits:
             )
         if params.n < 1:
             raise InvalidRequestError(f"n must be at least 1, not {params.n}", param="n")
+        if params.num_sequences < params.n:
+            raise InvalidRequestError(
+                f"best_of ({params.best_of}) must not be less than n ({params.n})", param="best_of"
+            )
         if params.max_tokens is not None and params.max_tokens < 1:
             raise InvalidRequestError(
                 f"max_tokens must be at least 1, not {params.max_tokens}", param="max_tokens"
             )
         self._check_length(request)
+        if params.use_beam_search:
+            self._check_beams(request)
+
+    def _check_beams(self, request: EngineRequest) -> None:
+        """All beams of a search advance together, so all must fit at once."""
+        width = request.params.num_sequences
+        if width > self._num_rows:
+            raise InvalidRequestError(
+                f"a beam search of width {width} needs as many rows; the server has "
+                f"{self._num_rows}: lower best_of or raise --max-num-seqs",
+                param="best_of",
+            )
+        num_shared = len(request.prompt_ids) // self._block_size
+        num_own = -(-(self.max_num_tokens(request) - 1) // self._block_size) - num_shared
+        num_needed = num_shared + width * num_own
+        if num_needed > self._num_blocks:
+            raise ContextLengthError(
+                f"{width} beams with max_tokens {request.params.max_tokens} need {num_needed} KV "
+                f"blocks of {self._block_size} tokens; the pool has {self._num_blocks}: lower "
+                "max_tokens or best_of, or give the server more memory",
+                param="max_tokens",
+            )
 
     def _check_length(self, request: EngineRequest) -> None:
         num_prompt = len(request.prompt_ids)

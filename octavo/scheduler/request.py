@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from octavo.kv_cache.manager import BlockTable
+from octavo.scheduler.beams import Beam, BeamSearch
 from octavo.types import FinishReason, SamplingParams
 
 Rank = tuple[int, int, int]
@@ -22,8 +23,9 @@ class Status(Enum):
 
         HELD → WAITING ⇄ RUNNING → FINISHED
 
-    HELD waits for a sibling to compute the prompt they share; WAITING holds neither row nor blocks;
-    RUNNING holds both. An abort leads to FINISHED from everywhere.
+    HELD waits for a sibling to compute the tokens they share, and may be forked from it; WAITING
+    holds neither row nor blocks; RUNNING holds both. A group that is preempted together is held
+    again, but for one sequence. An abort leads to FINISHED from everywhere.
     """
 
     HELD = "held"
@@ -39,7 +41,8 @@ class Request:
     Attributes:
         eos_ids: the model's own tokens that end a sequence; none if they are to be ignored.
         stop_ids: every token that ends a sequence: eos_ids and the user's.
-        sequences: `params.n` of them.
+        sequences: `params.num_sequences` of them.
+        search: the beam search, if it is one; its beams are `live`, best first.
         num_unfinished: sequences that have not ended.
         is_started: a sequence of it has run.
         num_cached_tokens: prompt tokens that the prefix cache served when it started.
@@ -50,15 +53,23 @@ class Request:
     num_prompt_tokens: int
     eos_ids: frozenset[int]
     stop_ids: frozenset[int]
+    search: BeamSearch | None = None
     sequences: list[Sequence] = field(default_factory=list)
+    live: list[Sequence] = field(default_factory=list)
     num_unfinished: int = 0
     is_started: bool = False
     num_cached_tokens: int = 0
 
     @property
+    def is_group(self) -> bool:
+        """Whether it has several sequences, which share blocks."""
+        return len(self.sequences) > 1
+
+    @property
     def held(self) -> list[Sequence]:
-        """The sequences that wait for a sibling."""
-        return [seq for seq in self.sequences if seq.status is Status.HELD]
+        """The sequences that wait for a sibling; a beam that does not live waits for nothing."""
+        sequences = self.sequences if self.search is None else self.live
+        return [seq for seq in sequences if seq.status is Status.HELD]
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +84,7 @@ class Sequence:
             flight returns.
         num_expected_tokens: how many there are to compute, as it looked when it began to wait.
         row: its name towards the runner while it runs.
+        beam: its part of a beam search.
     """
 
     request: Request
@@ -85,6 +97,7 @@ class Sequence:
     num_expected_tokens: int = 0
     status: Status = Status.WAITING
     row: int = -1
+    beam: Beam = field(default_factory=Beam)
 
     @property
     def num_output_tokens(self) -> int:

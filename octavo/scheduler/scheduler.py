@@ -13,28 +13,37 @@ samples the next one. Chunked prefill, prefix caching and preemption follow from
 A waiting sequence is admitted with blocks for all its known tokens, and only if one block for each
 running one stays free: so prompts never preempt each other, and newcomers seldom cause preemption.
 The first running one in rank is preempted by nobody and fits into the pool alone: it always
-progresses, hence all do. Knows ids only: no text, no tensors, no clock.
+progresses, hence all do.
+
+The sequences of a request are a group: one of them computes the prompt, the others are forked from
+it and share its blocks. A group is preempted together, and held but for one sequence, so that it
+comes back as it began. Knows ids only: no text, no tensors, no clock.
 """
 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequestError, OverloadedError
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.tiers import LowerTier, TierMoves
+from octavo.scheduler.beams import BeamSearch
+from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
 from octavo.scheduler.limits import RequestLimits
+from octavo.scheduler.messages import beam_update, new_sequence
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
 from octavo.scheduler.request import Request, Sequence, Status
+from octavo.scheduler.rows import Rows
 from octavo.scheduler.waiting import DrainRate, RankedList
 from octavo.types import (
+    BlockCopy,
     CacheStats,
     Capacity,
     EngineRequest,
     EngineStats,
+    FinishReason,
     ModelOutput,
     NewSequence,
     SampledTokens,
@@ -42,10 +51,6 @@ from octavo.types import (
     SchedulerOutput,
     TokenUpdate,
 )
-
-RESERVED_BLOCKS = 1
-"""How many blocks stay free for each running sequence when another one is admitted
-(docs/decisions/042-admission-reserve.md)."""
 
 
 @dataclass(slots=True)
@@ -63,6 +68,7 @@ class _Step:
     num_left: int
     may_admit: bool = True
     new_sequences: list[NewSequence] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
     admitted_blocks: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     unsampled: list[Sequence] = field(default_factory=list)
@@ -93,7 +99,9 @@ class Scheduler:
         self._config = config
         pool = capacity.kv_pool
         self._block_size = pool.block_size
-        self._limits = RequestLimits(capacity)
+        # With no more rows than the budget has tokens, decodes leave one to a prompt that runs.
+        num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._limits = RequestLimits(capacity, num_rows)
         self._eos_token_ids = eos_token_ids
         self._cache = KVCacheManager(pool.num_blocks, pool.block_size, config.use_prefix_cache)
         self._tiers = TierMoves(self._cache, lower)
@@ -101,12 +109,8 @@ class Scheduler:
         self._waiting = RankedList()
         self._shares = PromptShares()
         self._drain_rate = DrainRate()
-        self._running: list[Sequence] = []  # In the order of rank.
-        # With no more rows than the budget has tokens, decodes leave one to a prompt that runs.
-        num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self._rows: list[Sequence | None] = [None] * num_rows
-        self._free_rows = list(range(num_rows))[::-1]
-        self._finished_rows: list[int] = []  # Since the last plan.
+        self._rows = Rows(num_rows)
+        self._groups = Groups(self._cache, self._rows, self._wait)
         self._in_flight: _Step | None = None
         self._aborted_in_flight: list[Sequence] = []
         self._num_arrivals = 0
@@ -136,16 +140,18 @@ class Scheduler:
             num_prompt_tokens=len(request.prompt_ids),
             eos_ids=eos_ids,
             stop_ids=eos_ids.union(params.stop_token_ids),
-            num_unfinished=params.n,
+            num_unfinished=params.num_sequences,
         )
         record.sequences = self._make_sequences(record, request)
+        if params.use_beam_search:
+            max_num_output_tokens = record.sequences[0].max_num_tokens - record.num_prompt_tokens
+            record.search = BeamSearch(params, record.stop_ids, max_num_output_tokens)
+            record.live = record.sequences[:1]
         self._requests[request.request_id] = record
         self._num_arrivals += 1
         self._num_unstarted_requests += 1
-        self._num_alive_sequences += params.n
-        has_full_block = len(request.prompt_ids) > self._block_size
-        is_shared = self._config.use_prefix_cache and has_full_block
-        self._release(record, 1 if is_shared else params.n)
+        self._num_alive_sequences += params.num_sequences
+        self._release(record, 1)
 
     def abort(self, request_id: str, index: int | None = None) -> list[TokenUpdate]:
         """End a request, or one sequence of it, and return the last update of each that ends.
@@ -156,6 +162,8 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return []
+        if request.search is not None:  # Its beams have no end of their own.
+            return self._end_all(request, "abort")
         updates = []
         for seq in request.sequences:
             if seq.status is not Status.FINISHED and index in (None, seq.index):
@@ -173,7 +181,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
-        num_running = len(self._running) - len(self._aborted_in_flight)
+        num_running = len(self._rows.running) - len(self._aborted_in_flight)
         cache = CacheStats(
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
@@ -193,15 +201,14 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two calls; slow, for tests."""
-        self._cache.check_invariants(seq.table for seq in self._running)
-        assert self._running == sorted(self._running, key=by_rank)
-        assert len(self._running) + len(self._free_rows) == len(self._rows)
-        for seq in self._running:
-            assert self._rows[seq.row] is seq
+        self._cache.check_invariants(seq.table for seq in self._rows.running)
+        self._rows.check_invariants()
+        for seq in self._rows.running:
             assert seq.num_computed_tokens <= len(seq.token_ids) <= seq.max_num_tokens
             num_slots = len(seq.table.block_ids) * self._block_size
             assert seq.num_computed_tokens <= num_slots, "a computed token has no slot"
-        num_held = sum(len(request.held) for request in self._requests.values())
+        alive = [seq for request in self._requests.values() for seq in request.sequences]
+        num_held = sum(seq.status is Status.HELD for seq in alive)
         assert self.stats().num_waiting == len(self._waiting) + num_held
         assert self._num_unstarted_requests == sum(
             not request.is_started for request in self._requests.values()
@@ -216,19 +223,22 @@ class Scheduler:
             now: seconds on any clock that only goes forward.
         """
         assert self._in_flight is None, "the last step has not returned"
-        step = _Step(now, self._config.max_num_batched_tokens)
-        prompts = self._schedule_decodes(step)
-        if step.num_left:
-            self._schedule_prompts(step, prompts)
+        step = self._plan(now)
+        while not step.scheduled and self._rows.running:
+            # Beams that wait for one another hold blocks which others of them, or of another
+            # search, wait for.
+            self._preempt_last(step)
+            step = self._plan(now)
         if not step.scheduled:
             return SchedulerOutput()
-        finished_rows, self._finished_rows = self._finished_rows, []
         stores, loads = self._tiers.take()
         self._in_flight = step
         return SchedulerOutput(
-            finished_rows=tuple(finished_rows),
+            finished_rows=self._rows.take_finished(),
+            forks=self._groups.take_forks(),
             new_sequences=tuple(step.new_sequences),
             stores=stores,
+            copies=tuple(step.copies),
             loads=loads,
             scheduled=tuple(step.scheduled),
         )
@@ -241,38 +251,60 @@ class Scheduler:
         for seq in step.unsampled:
             self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
         updates = []
-        for sampled in output.sampled:
-            row_seq = self._rows[sampled.row]
-            assert row_seq is not None, "a token for a row that is not in use"
-            if row_seq.status is Status.RUNNING:  # Else it was aborted meanwhile.
-                updates.append(self._accept(row_seq, sampled))
+        sequences = [self._rows[sampled.row] for sampled in output.sampled]
+        for seq, sampled in zip(sequences, output.sampled, strict=True):
+            if seq.status is not Status.RUNNING:
+                continue  # It was aborted meanwhile, or its group has ended.
+            if seq.request.search is None:
+                updates.append(self._accept(seq, sampled))
+            else:
+                updates += self._accept_beam(seq, seq.request.search, sampled)
         for seq in self._aborted_in_flight:
-            self._give_back(seq)
+            self._groups.give_back(seq)
         self._aborted_in_flight.clear()
         return updates
 
     # ---- Planning ------------------------------------------------------------------------------
 
+    def _plan(self, now: float) -> _Step:
+        """Fill a step."""
+        step = _Step(now, self._config.max_num_batched_tokens)
+        prompts = self._schedule_decodes(step)
+        if step.num_left:
+            self._schedule_prompts(step, prompts)
+        return step
+
     def _schedule_decodes(self, step: _Step) -> list[Sequence]:
         """Give a token to every running sequence that has one to compute; return the others."""
         prompts = []
         scheduled, block_size = step.scheduled, self._block_size
-        # NOTE: preemption shortens the list from its end while we walk it; a list allows that.
-        for seq in self._running:
+        group: Request | None = None
+        # NOTE: preemption shortens the list from its end while we walk it, and forks lengthen it
+        # behind the one that we stand at; a list allows both.
+        for seq in self._rows.running:
             num_tokens = len(seq.token_ids)
             num_computed = seq.num_computed_tokens
-            if num_tokens - num_computed > 1:
-                prompts.append(seq)
+            if num_tokens - num_computed != 1:
+                if num_tokens > num_computed:
+                    prompts.append(seq)
                 continue
+            if seq.request.is_group and seq.request is not group:
+                group = seq.request
+                if not self._make_room(group, step):
+                    break  # It was the last one in rank, and the one that had to go.
             new_blocks: tuple[int, ...] = ()
             if num_tokens > len(seq.table.block_ids) * block_size:
                 grown = self._grow(seq, step)
                 if grown is None:
-                    break  # It was the last one in rank, and the one that had to go.
+                    break
                 new_blocks = grown
+            elif group is seq.request:
+                self._own_block(seq, num_computed // block_size, step)
             scheduled.append(ScheduledSequence(seq.row, num_computed, 1, new_blocks, True))
             seq.num_computed_tokens = num_tokens
-        step.num_left -= len(scheduled)
+            step.num_left -= 1
+            if group is seq.request and seq.num_output_tokens == 0:
+                self._schedule_forks(seq, step)
         return prompts
 
     def _schedule_prompts(self, step: _Step, prompts: list[Sequence]) -> None:
@@ -280,7 +312,7 @@ class Scheduler:
         for seq in prompts:
             self._load(seq)
         if step.may_admit:
-            prompts += self._waiting.first(len(self._free_rows))
+            prompts += self._waiting.first(self._rows.num_free)
         shares: dict[Sequence, int] = {}
         if len(prompts) > 1:
             guaranteed = self._shares.take_guaranteed(step.num_left)
@@ -318,6 +350,16 @@ class Scheduler:
         )
         if not is_sampling:
             step.unsampled.append(seq)
+        elif seq.request.is_group and seq.num_output_tokens == 0:
+            self._schedule_forks(seq, step)
+
+    def _schedule_forks(self, leader: Sequence, step: _Step) -> None:
+        """Sample for the siblings of a sequence too, whose prompt is complete with this step."""
+        for seq in self._groups.fork_samples(leader):
+            num_tokens = len(seq.token_ids)
+            block_ids = tuple(seq.table.block_ids)
+            step.new_sequences.append(new_sequence(seq))
+            step.scheduled.append(ScheduledSequence(seq.row, num_tokens, 0, block_ids, True))
 
     def _admit(self, seq: Sequence, step: _Step) -> bool:
         """Give a waiting sequence a row, its cached prefix and blocks for all its known tokens.
@@ -327,8 +369,9 @@ class Scheduler:
         """
         if not step.may_admit:
             return False
-        prefix = self._cache.match_prefix(seq.table, seq.token_ids)
-        num_reserved = RESERVED_BLOCKS * len(self._running)
+        prefix = self._groups.find_prefix(seq)
+        others = [one for one in self._rows.running if one.request is not seq.request]
+        num_reserved = RESERVED_BLOCKS * len(others)
         new_blocks = self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
         if new_blocks is None:
             step.may_admit = False
@@ -337,15 +380,7 @@ class Scheduler:
         num_cached = self._tiers.load(seq.table, seq.token_ids, prefix.num_tokens)
         self._start(seq, num_cached, step.now)
         step.admitted_blocks[seq] = new_blocks
-        step.new_sequences.append(
-            NewSequence(
-                row=seq.row,
-                index=seq.index,
-                token_ids=seq.token_ids.tolist(),
-                num_prompt_tokens=seq.request.num_prompt_tokens,
-                params=seq.request.params,
-            )
-        )
+        step.new_sequences.append(new_sequence(seq))
         return True
 
     def _start(self, seq: Sequence, num_cached: int, now: float) -> None:
@@ -359,9 +394,7 @@ class Scheduler:
             self._drain_rate.note_start(now)
         seq.num_computed_tokens = num_cached
         seq.status = Status.RUNNING
-        seq.row = self._free_rows.pop()
-        self._rows[seq.row] = seq
-        insort(self._running, seq, key=by_rank)
+        self._rows.insert(seq)
 
     def _load(self, seq: Sequence) -> None:
         """Have a running prompt's next blocks loaded, if the tier below the pool has them."""
@@ -378,19 +411,54 @@ class Scheduler:
             The new block ids; None if the sequence was itself the last one and has been preempted.
         """
         while (new_blocks := self._cache.allocate(seq.table, len(seq.token_ids))) is None:
-            step.may_admit = False
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is seq:
+            self._preempt_last(step)
+            if seq.status is not Status.RUNNING:
                 return None
         return new_blocks
 
-    def _preempt(self, seq: Sequence) -> None:
-        """Take row and blocks from a running sequence; it waits with the tokens that it has."""
-        self._num_preemptions += 1
-        self._give_back(seq)
-        seq.num_computed_tokens = 0
-        self._wait(seq)
+    def _make_room(self, group: Request, step: _Step) -> bool:
+        """See to it that a group's next tokens find blocks; False if it has been preempted."""
+        while True:
+            tables = [
+                (seq.table, seq.num_computed_tokens)
+                for seq in group.sequences
+                if seq.status is Status.RUNNING
+                and len(seq.token_ids) - seq.num_computed_tokens == 1
+            ]
+            if self._cache.num_missing_blocks(tables) <= self._cache.num_free_blocks:
+                return bool(tables)
+            self._preempt_last(step)
+
+    def _own_block(self, seq: Sequence, index: int, step: _Step) -> None:
+        """Copy a block before the sequence writes into it, if others hold it too."""
+        if self._cache.num_sharers(seq.table, index) > 1:
+            blocks = self._cache.own(seq.table, index)
+            assert blocks is not None, "room was made for it"
+            step.copies.append(BlockCopy(seq.row, index, *blocks))
+
+    def _preempt_last(self, step: _Step) -> None:
+        """Take rows and blocks from the last running group; it waits with the tokens it has.
+
+        All of it but one sequence is held until that one has computed what they share. If samples
+        of one request are all that runs, only the last of them goes.
+        """
+        step.may_admit = False
+        running = self._rows.running
+        request = running[-1].request
+        group = [seq for seq in running if seq.request is request]
+        if len(group) == len(running) and request.search is None:
+            group = group[-1:]
+        self._num_preemptions += len(group)
+        for seq in group:
+            self._groups.retire(seq)
+            seq.num_computed_tokens = 0
+            seq.beam.next = None
+        if len(group) > 1:
+            for seq in request.sequences:
+                if seq.status is Status.WAITING:
+                    self._waiting.remove(seq)
+                    seq.status = Status.HELD
+        self._wait(group[0])
 
     # ---- Taking results ------------------------------------------------------------------------
 
@@ -407,8 +475,8 @@ class Scheduler:
         finish_reason = seq.append(token_id)
         self._num_generation_tokens += 1
         is_first = seq.num_output_tokens == 1
-        if is_first:
-            self._release(request, request.params.n)
+        if request.is_group:
+            self._release(request)
         if finish_reason is not None:
             self._end(seq)
         is_users_stop = finish_reason == "stop" and token_id not in request.eos_ids
@@ -422,6 +490,42 @@ class Scheduler:
             request.num_cached_tokens if is_first else 0,
         )
 
+    def _accept_beam(
+        self, seq: Sequence, search: BeamSearch, sampled: SampledTokens
+    ) -> list[TokenUpdate]:
+        """Take a beam's candidates; once all beams have theirs, go on to the next round."""
+        request = seq.request
+        if sampled.token_ids[0] < 0:
+            for one in request.sequences:
+                self._tiers.discard(one.table)
+            return self._end_all(request, "error")
+        self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
+        self._num_generation_tokens += 1
+        (seq.beam.next,) = sampled.logprobs
+        self._release(request)
+        live = request.live
+        if any(one.beam.next is None for one in live):
+            return []
+        outputs = [one.token_ids[request.num_prompt_tokens :] for one in live]
+        beams = search.advance([one.beam for one in live], outputs)
+        if beams:
+            self._groups.branch(request, beams)
+            return []
+        self._end_all(request, "stop")
+        best = search.finished[: request.params.n]
+        return [beam_update(request, place, one) for place, one in enumerate(best)]
+
+    def _end_all(self, request: Request, finish_reason: FinishReason) -> list[TokenUpdate]:
+        """Finish every sequence of a request; return an update for each that the user sees."""
+        for seq in request.sequences:
+            if seq.status is not Status.FINISHED:
+                self._end(seq)
+        name, cached = request.request_id, request.num_cached_tokens
+        return [
+            TokenUpdate(name, index, finish_reason=finish_reason, num_cached_tokens=cached)
+            for index in range(request.params.n)
+        ]
+
     def _end(self, seq: Sequence) -> None:
         """Finish a sequence, wherever it stands; the request is forgotten with its last one."""
         request, status = seq.request, seq.status
@@ -429,7 +533,7 @@ class Scheduler:
         if status is Status.WAITING:
             self._waiting.remove(seq)
         elif status is Status.RUNNING and self._in_flight is None:
-            self._give_back(seq)
+            self._groups.give_back(seq)
         elif status is Status.RUNNING:
             self._aborted_in_flight.append(seq)
         if status is not Status.HELD:
@@ -439,15 +543,6 @@ class Scheduler:
         if request.num_unfinished == 0:
             del self._requests[request.request_id]
             self._num_unstarted_requests -= not request.is_started
-
-    def _give_back(self, seq: Sequence) -> None:
-        """Take a sequence out of its row and free its blocks."""
-        del self._running[bisect_left(self._running, seq.rank, key=by_rank)]
-        self._cache.free(seq.table)
-        self._rows[seq.row] = None
-        self._free_rows.append(seq.row)
-        self._finished_rows.append(seq.row)
-        seq.row = -1
 
     # ---- Small things --------------------------------------------------------------------------
 
@@ -481,11 +576,11 @@ class Scheduler:
                 table=self._cache.new_table(),
                 status=Status.HELD,
             )
-            for index in range(request.params.n)
+            for index in range(request.params.num_sequences)
         ]
 
-    def _release(self, request: Request, count: int) -> None:
-        """Let the first `count` sequences of a request that are held wait in the queue."""
+    def _release(self, request: Request, count: int | None = None) -> None:
+        """Let sequences of a request that are held wait in the queue: the first, or all."""
         for seq in request.held[:count]:
             self._wait(seq)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from octavo.types import (
     SamplingParams,
     SchedulerOutput,
     TierStats,
+    TokenLogprob,
     TokenUpdate,
 )
 
@@ -71,6 +73,44 @@ def run_alone(request: EngineRequest, index: int, max_model_len: int) -> tuple[l
             return output, "stop"
         if len(output) == params.max_tokens or len(tokens) == max_model_len:
             return output, "length"
+
+
+def fake_logprobs(name: int) -> list[tuple[int, float]]:
+    """(token, log probability) of every token after a prefix; many are equal."""
+    return [
+        (token, -((name ^ (token * 0x9E3779B1)) * 0xC2B2AE35 & MASK) % 40 / 8 - 0.5)
+        for token in range(VOCAB_SIZE)
+    ]
+
+
+def search_alone(request: EngineRequest, max_model_len: int) -> list[tuple[list[int], str]]:
+    """The best beams of a request, best first: transformers' algorithm over whole sequences."""
+    params, prompt = request.params, list(request.prompt_ids)
+    width, penalty = params.num_sequences, params.length_penalty
+    enders = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+    most = min(params.max_tokens or max_model_len, max_model_len - len(prompt))
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    done: list[tuple[float, list[int], str]] = []
+    for length in range(1, most + 1):
+        longer = [
+            (score + logprob, [*tokens, token])
+            for score, tokens in beams
+            for token, logprob in fake_logprobs(prefix_names(prompt + tokens)[-1])
+        ]
+        longer.sort(key=lambda one: -one[0])
+        ended = [
+            (score / length**penalty, tokens, "stop" if tokens[-1] in enders else "length")
+            for score, tokens in longer[:width]
+            if tokens[-1] in enders or length == most
+        ]
+        if not (params.early_stopping is True and len(done) == width):
+            done = sorted(done + ended, key=lambda one: -one[0])[:width]
+        beams = [one for one in longer if one[1][-1] not in enders][:width]
+        if len(done) == width:
+            reach = most if params.early_stopping == "never" and penalty > 0 else length
+            if params.early_stopping is True or beams[0][0] / reach**penalty <= done[-1][0]:
+                break
+    return [(tokens, reason) for _, tokens, reason in done[: params.n]]
 
 
 @dataclass
@@ -139,17 +179,32 @@ class SimulatedExecutor:
 
     def run(self, plan: SchedulerOutput) -> ModelOutput:
         for row in plan.finished_rows:
-            del self.rows[row]
+            self.rows.pop(row, None)
+        self._fork(plan)
         for new in plan.new_sequences:
             assert new.row not in self.rows, "a row is reused before it was told to be finished"
             self.rows[new.row] = Row(new, list(new.token_ids))
-        self._move(plan)
+        self._store(plan)
+        for copy in plan.copies:
+            row = self.rows[copy.row]
+            assert row.block_ids[copy.index] == copy.source
+            row.block_ids[copy.index] = copy.destination
+            for offset in range(self.block_size):
+                source = copy.source * self.block_size + offset
+                if source in self.memory:
+                    self.memory[copy.destination * self.block_size + offset] = self.memory[source]
+        self._load(plan)
+        before: Row | None = None
         for entry in plan.scheduled:
             row = self.rows[entry.row]
             row.block_ids += entry.new_block_ids
             assert all(0 <= block_id < self.num_blocks for block_id in entry.new_block_ids)
             end = entry.num_computed_tokens + entry.num_new_tokens
-            assert entry.num_new_tokens >= 1
+            if entry.num_new_tokens == 0:
+                assert before is not None, "there are no logits to sample from"
+                assert (entry.is_sampling, row.token_ids) == (True, before.token_ids)
+            else:
+                before = row
             assert end <= len(row.token_ids)
             assert end <= len(row.block_ids) * self.block_size, "a token has no slot"
             assert entry.is_sampling == (end == len(row.token_ids))
@@ -157,39 +212,54 @@ class SimulatedExecutor:
             assert is_next or plan.loads, "a chunk was skipped"
             row.num_computed = end
             prefix_names(row.token_ids, row.names)
-            self._check_writes(row, entry.num_computed_tokens)
+            self._check_writes(row, entry.num_computed_tokens, end)
             for position in range(entry.num_computed_tokens, end):
                 self.memory[self._slot(row, position)] = position, row.names[position]
         # All writes come before any read, as in one batch: a write into a shared block shows.
         return ModelOutput(
             sampled=tuple(
-                SampledTokens(entry.row, (self._sample(self.rows[entry.row]),))
+                self._sample(entry.row)
                 for entry in plan.scheduled
                 if self._check_reads(self.rows[entry.row]) and entry.is_sampling
             )
         )
 
-    def _move(self, plan: SchedulerOutput) -> None:
-        """Store and load whole blocks."""
+    def _store(self, plan: SchedulerOutput) -> None:
+        """Keep blocks in the tier."""
         assert self.tier is not None or not (plan.stores or plan.loads)
-        if self.tier is None:
-            return
         for prefix_hash, block_id in plan.stores:
+            assert self.tier is not None
             begin = block_id * self.block_size
             slots = range(begin, begin + self.block_size)
             self.tier.store(prefix_hash, tuple(self.memory[slot] for slot in slots))
+
+    def _load(self, plan: SchedulerOutput) -> None:
+        """Fill blocks from the tier."""
+        if self.tier is None:
+            return
         for prefix_hash, block_id in plan.loads:
             begin = block_id * self.block_size
             for offset, content in enumerate(self.tier.load(prefix_hash)):
                 self.memory[begin + offset] = content
         self.tier.staged.clear()
 
+    def _fork(self, plan: SchedulerOutput) -> None:
+        """A row is, whole, what its parent was before, up to the last token."""
+        old = {row: deepcopy(self.rows[row]) for row in {fork.parent_row for fork in plan.forks}}
+        for fork in plan.forks:
+            row = deepcopy(old[fork.parent_row])
+            assert fork.position == row.num_computed
+            row.token_ids = [*row.token_ids[: fork.position], fork.token_id]
+            del row.names[fork.position :]
+            self.rows[fork.row] = row
+
     def _slot(self, row: Row, position: int) -> int:
         at, offset = divmod(position, self.block_size)
         return row.block_ids[at] * self.block_size + offset
 
-    def _check_writes(self, row: Row, begin: int) -> None:
-        written = set(row.block_ids[begin // self.block_size :])
+    def _check_writes(self, row: Row, begin: int, end: int) -> None:
+        size = self.block_size
+        written = {row.block_ids[position // size] for position in range(begin, end)}
         for other in self.rows.values():
             assert other is row or written.isdisjoint(other.block_ids), "a shared block is written"
 
@@ -199,11 +269,19 @@ class SimulatedExecutor:
             assert found == (position, row.names[position]), "the cache serves another prefix"
         return True
 
-    def _sample(self, row: Row) -> int:
+    def _sample(self, row_id: int) -> SampledTokens:
+        row = self.rows[row_id]
+        params = row.new.params
         num_output = len(row.token_ids) - row.new.num_prompt_tokens
-        token_id = fake_sample(row.names[-1], num_output, row.new.index, row.new.params)
-        row.token_ids.append(token_id)
-        return token_id
+        if not params.use_beam_search:
+            token_id = fake_sample(row.names[-1], num_output, row.new.index, params)
+            row.token_ids.append(token_id)
+            return SampledTokens(row_id, (token_id,))
+        assert params.logprobs is not None and params.temperature == 0
+        top = sorted(fake_logprobs(row.names[-1]), key=lambda one: (-one[1], one[0]))
+        row.token_ids.append(top[0][0])
+        logprobs = TokenLogprob(*top[0], tuple(top[: params.logprobs]))
+        return SampledTokens(row_id, (top[0][0],), (logprobs,))
 
 
 class World:
@@ -329,7 +407,12 @@ class World:
 def simulation() -> SimpleNamespace:
     """The names of this file that tests use (test folders are no packages to import from)."""
     return SimpleNamespace(
-        World=World, FakeTier=FakeTier, run_alone=run_alone, EOS=EOS, VOCAB_SIZE=VOCAB_SIZE
+        World=World,
+        FakeTier=FakeTier,
+        run_alone=run_alone,
+        search_alone=search_alone,
+        EOS=EOS,
+        VOCAB_SIZE=VOCAB_SIZE,
     )
 
 

@@ -254,13 +254,18 @@ def test_one_sequence_of_a_request_can_be_aborted(make_world: MakeWorld) -> None
 # ---- Several sequences of one request ----------------------------------------------------------
 
 
-def test_siblings_wait_for_the_first_and_share_its_prompt(make_world: MakeWorld) -> None:
-    world = make_world(block_size=4)
+@pytest.mark.parametrize("use_prefix_cache", [True, False])
+def test_siblings_share_the_prompt_and_copy_one_block(
+    make_world: MakeWorld, use_prefix_cache: bool
+) -> None:
+    world = make_world(block_size=4, use_prefix_cache=use_prefix_cache)
     world.add([5] * 10, n=3, max_tokens=5)
-    assert len(world.schedule().scheduled) == 1
+    assert [entry.num_new_tokens for entry in world.schedule().scheduled] == [10, 0, 0]
     world.finish_step()
+    assert world.scheduler.stats().cache.num_blocks_used == 3
     plan = world.schedule()
-    assert sorted(chunks(plan).values()) == [1, 2, 2], "two tokens behind the shared full blocks"
+    assert sorted(chunks(plan).values()) == [1, 1, 1]
+    assert [copy.index for copy in plan.copies] == [2, 2], "the last one that holds it writes it"
     world.finish_step()
     assert world.scheduler.stats().cache.num_blocks_used == 2 + 3 * 1
     world.drain()
@@ -268,12 +273,37 @@ def test_siblings_wait_for_the_first_and_share_its_prompt(make_world: MakeWorld)
     assert {update.num_cached_tokens for update in world.updates} == {0}, "it was not cached before"
 
 
-def test_without_prefix_cache_siblings_start_together(make_world: MakeWorld) -> None:
-    world = make_world(use_prefix_cache=False)
-    world.add([5] * 10, n=3)
-    assert len(world.schedule().scheduled) == 3
+def test_siblings_without_a_row_share_the_full_blocks_later(make_world: MakeWorld) -> None:
+    world = make_world(block_size=4, max_num_seqs=2, use_prefix_cache=False)
+    world.add([5] * 10, n=3, max_tokens=5)
+    world.step()
+    world.abort("request-1", 0)
+    assert sorted(chunks(world.schedule()).values()) == [1, 2]
     world.finish_step()
     world.drain()
+
+
+def test_samples_are_preempted_together_and_come_back_together(make_world: MakeWorld) -> None:
+    world = make_world(block_size=4, num_blocks=9, max_model_len=32)
+    world.add([5] * 8, max_tokens=24)
+    world.add([6] * 8, n=3, max_tokens=12)
+    while world.scheduler.stats().num_preemptions == 0:
+        world.step()
+    assert world.scheduler.stats().num_preemptions == 3
+    assert (world.scheduler.stats().num_running, world.scheduler.stats().num_waiting) == (1, 3)
+    world.drain()
+
+
+def test_beams_share_blocks(make_world: MakeWorld) -> None:
+    world = make_world(block_size=4)
+    world.add([5] * 40, best_of=4, use_beam_search=True, max_tokens=9)
+    world.step()
+    assert world.scheduler.stats().cache.num_blocks_used == 10
+    while world.scheduler.has_work():
+        assert world.scheduler.stats().cache.num_blocks_used <= 10 + 4 * 3
+        world.step()
+    (update,) = world.updates
+    assert (update.index, len(update.token_ids), update.finish_reason) == (0, 9, "length")
 
 
 def test_when_the_first_is_aborted_the_next_takes_its_place(make_world: MakeWorld) -> None:

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from octavo.errors import ContextLengthError, OverloadedError
+from octavo.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from octavo.types import EngineRequest, SamplingParams
 
 SMALL_WORLDS = st.fixed_dictionaries(
@@ -54,6 +54,20 @@ PARAMS = st.builds(
 )
 
 
+SEARCHES = st.builds(
+    lambda n, more, **values: SamplingParams(
+        n=n, best_of=n + more, use_beam_search=True, temperature=0, **values
+    ),
+    st.integers(1, 2),
+    st.integers(0, 3),
+    length_penalty=st.sampled_from([0.0, 0.6, 1.0, 2.0]),
+    early_stopping=st.sampled_from([True, False, "never"]),
+    stop_token_ids=st.sampled_from([(), (3, 5)]),
+    ignore_eos=st.booleans(),
+    max_tokens=st.integers(1, 12),
+)
+
+
 class Histories(RuleBasedStateMachine):
     """Drives one World; `requests` is everything that was accepted."""
 
@@ -70,7 +84,13 @@ class Histories(RuleBasedStateMachine):
         self.world = self.simulation.World(**options, tier=self.tier)
         self.scheduler = self.world.scheduler
 
-    @rule(asked=st.lists(st.tuples(PROMPTS, PARAMS, st.integers(-1, 1)), min_size=1, max_size=4))
+    @rule(
+        asked=st.lists(
+            st.tuples(PROMPTS, st.one_of(PARAMS, PARAMS, SEARCHES), st.integers(-1, 1)),
+            min_size=1,
+            max_size=4,
+        )
+    )
     def add(self, asked: list[tuple[list[int], SamplingParams, int]]) -> None:
         for prompt, params, priority in asked:
             self._add(prompt, params, priority)
@@ -87,6 +107,9 @@ class Histories(RuleBasedStateMachine):
             self.scheduler.add(request, float(self.world.num_steps))
         except ContextLengthError:
             assert not self._fits(request)
+            assert self.scheduler.stats() == before
+        except InvalidRequestError:
+            assert params.num_sequences > self._num_rows()
             assert self.scheduler.stats() == before
         except OverloadedError as error:
             assert before.num_waiting >= self.world.config.max_num_waiting
@@ -126,9 +149,12 @@ class Histories(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
-        lengths = [r.params.n * self._max_len(r) for r in self.requests.values()]
+        lengths = [r.params.num_sequences * self._max_len(r) for r in self.requests.values()]
         self.world.drain(max_steps=10 + 4 * sum(lengths))
         for request_id, request in self.requests.items():
+            if request.params.use_beam_search:
+                self._check_beams(request)
+                continue
             for index in range(request.params.n):
                 output = self.world.output(request_id, index)
                 reason = self.world.finish_reason(request_id, index)
@@ -141,6 +167,16 @@ class Histories(RuleBasedStateMachine):
                 else:
                     assert (output, reason) == (alone, reason_alone)
 
+    def _check_beams(self, request: EngineRequest) -> None:
+        world, request_id = self.world, request.request_id
+        indexes = range(request.params.n)
+        found = [(world.output(request_id, i), world.finish_reason(request_id, i)) for i in indexes]
+        if (request_id, 0) in self.aborted:
+            assert found == [([], "abort")] * request.params.n
+        else:
+            max_model_len = world.capacity.max_model_len
+            assert found == self.simulation.search_alone(request, max_model_len)
+
     def _abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
         indexes = range(self.requests[request_id].params.n)
@@ -148,7 +184,8 @@ class Histories(RuleBasedStateMachine):
         alive = {
             (request_id, i)
             for i in indexes
-            if index in (None, i) and self.world.finish_reason(request_id, i) is None
+            if (index in (None, i) or self.requests[request_id].params.use_beam_search)
+            and self.world.finish_reason(request_id, i) is None
         }
         updates = self.world.abort(request_id, index)
         assert {(u.request_id, u.index) for u in updates} == alive
@@ -164,7 +201,17 @@ class Histories(RuleBasedStateMachine):
         capacity = self.world.capacity
         num_slots = capacity.kv_pool.num_blocks * capacity.kv_pool.block_size
         has_room = len(request.prompt_ids) < capacity.max_model_len
-        return has_room and self._max_len(request) - 1 <= num_slots
+        num_written = self._max_len(request) - 1
+        if request.params.use_beam_search:
+            size = capacity.kv_pool.block_size
+            shared = len(request.prompt_ids) // size
+            own = -(-num_written // size) - shared
+            num_written = (shared + own * request.params.num_sequences) * size
+        return has_room and num_written <= num_slots
+
+    def _num_rows(self) -> int:
+        config = self.world.config
+        return min(config.max_num_seqs, config.max_num_batched_tokens)
 
 
 def run_histories(simulation: SimpleNamespace, max_examples: int, num_rules: int) -> None:

@@ -1,0 +1,62 @@
+"""The rows of a step: which sequences run, and what each is called towards the runner."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from octavo.scheduler.policy import by_rank
+from octavo.scheduler.request import Sequence
+
+
+class Rows:
+    """Running sequences and their rows.
+
+    Attributes:
+        running: in the order of rank.
+    """
+
+    __slots__ = ("_finished", "_free", "_sequences", "running")
+
+    def __init__(self, num_rows: int) -> None:
+        """Start with every row free."""
+        self.running: list[Sequence] = []
+        self._sequences: list[Sequence | None] = [None] * num_rows
+        self._free = list(range(num_rows))[::-1]
+        self._finished: list[int] = []  # Since the last plan.
+
+    @property
+    def num_free(self) -> int:
+        """Rows that no sequence has."""
+        return len(self._free)
+
+    def __getitem__(self, row: int) -> Sequence:
+        """The sequence of a row; there must be one."""
+        seq = self._sequences[row]
+        assert seq is not None, "the row is not in use"
+        return seq
+
+    def insert(self, seq: Sequence) -> None:
+        """Give a sequence a free row; there must be one."""
+        seq.row = self._free.pop()
+        self._sequences[seq.row] = seq
+        insort(self.running, seq, key=by_rank)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take its row from a sequence."""
+        del self.running[bisect_left(self.running, seq.rank, key=by_rank)]
+        self._sequences[seq.row] = None
+        self._free.append(seq.row)
+        self._finished.append(seq.row)
+        seq.row = -1
+
+    def take_finished(self) -> tuple[int, ...]:
+        """The rows that were taken from sequences since the last call."""
+        finished, self._finished = self._finished, []
+        return tuple(finished)
+
+    def check_invariants(self) -> None:
+        """Assert that rows and sequences name each other; for tests."""
+        assert self.running == sorted(self.running, key=by_rank)
+        assert len(self.running) + len(self._free) == len(self._sequences)
+        for seq in self.running:
+            assert self._sequences[seq.row] is seq
