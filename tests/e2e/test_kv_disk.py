@@ -35,9 +35,10 @@ def requests() -> list[EngineRequest]:
     for number in range(14):
         own = [dice.randrange(200) for _ in range(dice.randint(1, 30))]
         prompt = shared[: dice.choice([0, 24, 60])] + own
+        many = {"use_beam_search": True, "best_of": 3} if number % 5 == 4 else {"logprobs": 3}
         params = SamplingParams(
-            temperature=dice.choice([0.0, 0.9]), n=dice.choice([1, 1, 2]), seed=number,
-            max_tokens=dice.randint(1, 20), logprobs=3, ignore_eos=True,
+            temperature=0.0 if number % 5 else 0.9, n=dice.choice([1, 1, 2]), seed=number,
+            max_tokens=dice.randint(1, 12 if number % 5 == 4 else 60), ignore_eos=True, **many,
         )  # fmt: skip
         request = EngineRequest(request_id=str(number), prompt_ids=prompt, params=params)
         made.append(request)
@@ -102,6 +103,7 @@ def test_the_same_bytes(
     (first, second), stats = run(tiny_model_path, requests, 24, 2, **disk)
     assert first == second == expected
     assert stats.cache.lower.num_hits > 5
+    assert stats.num_preemptions > 0
     (third,), stats = run(tiny_model_path, requests, 24, **disk)
     assert third == expected
     assert stats.cache.lower.num_hits > 5
