@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 import numpy as np
 
@@ -93,25 +94,23 @@ class DiskTier:
     def fetch(self, hashes: Sequence[bytes]) -> int:
         """Bring the first of these blocks within reach of the next step's loads.
 
+        Args:
+            hashes: of blocks that follow each other, at least one.
+
         Returns:
             How many; fewer than the store has if reading more takes too long or does not pay.
         """
-        num_known = 0
-        for prefix_hash in hashes:
-            if prefix_hash not in self._staged and not self._store.contains(prefix_hash):
-                break
-            num_known += 1
-        if num_known == 0 or not self._pays():
+        if not self._is_known(hashes[0]) or not self._pays():
             return 0
         budget_s = FIRST_BUDGET_S
         if self._compute.seconds is not None:
             budget_s = self._compute.seconds * self._max_num_tokens
         num_found = 0
-        while num_found < num_known and self._spent_s < budget_s:
-            chunk = hashes[num_found : min(num_known, num_found + CHUNK_BLOCKS)]
-            num_read = self._stage(chunk)
+        while self._spent_s < budget_s:
+            chunk = hashes[num_found : num_found + CHUNK_BLOCKS]
+            num_read = self._stage(list(takewhile(self._is_known, chunk)))
             num_found += num_read
-            if num_read < len(chunk):
+            if num_read < CHUNK_BLOCKS:
                 break
         return num_found
 
@@ -126,6 +125,9 @@ class DiskTier:
     def stats(self) -> TierStats:
         """A snapshot."""
         return self._store.stats()
+
+    def _is_known(self, prefix_hash: bytes) -> bool:
+        return prefix_hash in self._staged or self._store.contains(prefix_hash)
 
     def _pays(self) -> bool:
         """Whether reading a block is faster than computing it, or must be measured."""
