@@ -82,6 +82,7 @@ class KVCacheManager:
         self.num_hit_tokens = 0
         self.has_lower_tier = False
         self.stores: list[tuple[bytes, int]] = []
+        self._num_stores = 0
         self._blocks = Blocks(num_blocks)
         self._block_of: dict[bytes, int] = {}
         self._num_cached_idle = 0
@@ -230,7 +231,7 @@ class KVCacheManager:
                 self._block_of[prefix_hash] = block_id
                 self._blocks.hash[block_id] = prefix_hash
                 self._blocks.parent[block_id] = table.hashes[i - 1] if i else table.root
-                self._blocks.is_stored[block_id] = 0
+                self._blocks.store_round[block_id] = 0
         table.num_committed_blocks = max(table.num_committed_blocks, num_full)
 
     def free(self, table: BlockTable) -> None:
@@ -319,15 +320,18 @@ class KVCacheManager:
         """Have a block stored that is being evicted, and before it those that lead to it.
 
         The first blocks of a chain are the last to be evicted. Without them nothing of the chain
-        would be found after a restart.
+        would be found after a restart. They are named anew once in a while, or the tier would
+        take those that are never evicted for the least recently used.
         """
         blocks = self._blocks
         chain = [(prefix_hash, block_id)]
+        this_round = 1 + self._num_stores // len(blocks)
         before = self._block_of.get(blocks.parent[block_id])
-        while before is not None and not blocks.is_stored[before]:
+        while before is not None and blocks.store_round[before] != this_round:
             name = blocks.hash[before]
             assert name is not None
             chain.append((name, before))
-            blocks.is_stored[before] = 1
+            blocks.store_round[before] = this_round
             before = self._block_of.get(blocks.parent[before])
+        self._num_stores += len(chain)
         self.stores += reversed(chain)

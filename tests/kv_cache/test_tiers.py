@@ -82,6 +82,23 @@ def test_a_block_with_another_content_is_stored_anew() -> None:
     assert [prefix_hash for prefix_hash, _ in moves.take()[0]] == second.hashes
 
 
+def test_what_never_leaves_is_named_anew_once_in_a_while() -> None:
+    """Else it would be what the tier has not heard of for longest."""
+    manager, _, moves = make(10)
+    head = compute(manager, tokens(4))
+    stored = []
+    for number in range(40):
+        table, prompt = manager.new_table(), tokens(4) + tokens(8, 100 * number)
+        prefix = manager.match_prefix(table, prompt)
+        assert prefix.num_tokens == 4
+        assert manager.allocate(table, 12, prefix) is not None
+        manager.commit(table, prompt, 12)
+        manager.free(table)
+        stored += [prefix_hash for prefix_hash, _ in moves.take()[0]]
+    num_offers = stored.count(head.hashes[0])
+    assert len(stored) // 10 - 1 <= num_offers <= len(stored) // 10 + 1
+
+
 def test_without_a_tier_nothing_is_noted() -> None:
     manager = KVCacheManager(2, block_size=4)
     moves = TierMoves(manager, None)
