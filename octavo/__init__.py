@@ -11,13 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
     from octavo.engine.llm import LLM
-    from octavo.types import CompletionOutput, RequestOutput, SamplingParams
+    from octavo.types import (
+        BeamSearchOutput,
+        BeamSearchParams,
+        CompletionOutput,
+        RequestOutput,
+        SamplingParams,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
@@ -27,6 +35,8 @@ __all__ = [
 _HOMES = {
     "LLM": "octavo.engine.llm",
     "AsyncEngine": "octavo.engine.async_engine",
+    "BeamSearchOutput": "octavo.types",
+    "BeamSearchParams": "octavo.types",
     "CompletionOutput": "octavo.types",
     "RequestOutput": "octavo.types",
     "SamplingParams": "octavo.types",

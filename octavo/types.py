@@ -73,6 +73,38 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.n if self.best_of is None else self.best_of
 
 
+class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How `LLM.beam_search` searches; fields are vLLM's, `early_stopping` is transformers'."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+
+class BeamSearchSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the best beams.
+
+    Attributes:
+        text: of the answer, without the prompt.
+        token_ids: of the answer.
+        cum_logprob: the sum of their log probabilities; beams are in the order of cum_logprob /
+            len(token_ids) ** length_penalty, best first.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    cum_logprob: float
+    finish_reason: FinishReason
+
+
+class BeamSearchOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What `LLM.beam_search` found for one prompt: `beam_width` sequences, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request as the engine sees it: ids, no text.
 

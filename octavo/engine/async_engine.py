@@ -219,8 +219,8 @@ class AsyncEngine:
             if queue is None or self._processor is None:
                 continue  # closed by its consumer meanwhile
             result = self._processor.process(update)
-            if result.delta is not None:
-                queue.put(result.delta)
+            for delta in result.deltas:
+                queue.put(delta)
             if result.is_stopped_here:
                 self._channel.send(AbortRequest(request_id=update.request_id, index=update.index))
 

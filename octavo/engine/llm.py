@@ -17,6 +17,9 @@ from octavo.engine.validation import complete_request
 from octavo.errors import ConfigError, EngineDeadError, InvalidRequestError
 from octavo.tokenizer.load import Tokenizer, load_tokenizer
 from octavo.types import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    BeamSearchSequence,
     Capacity,
     CompletionOutput,
     OutputDelta,
@@ -129,6 +132,34 @@ class LLM:
         ids = [self.tokenizer.encode_spans(one) for one in spans]
         return self._run(texts, ids, sampling_params, use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[BeamSearchOutput]:
+        """The most probable answers to each prompt that a beam search finds, best first.
+
+        Raises:
+            InvalidRequestError: a prompt or a parameter is at fault; nothing has been computed.
+        """
+        sampling_params = SamplingParams(
+            n=params.beam_width,
+            use_beam_search=True,
+            temperature=0.0,
+            length_penalty=params.length_penalty,
+            early_stopping=params.early_stopping,
+            ignore_eos=params.ignore_eos,
+            max_tokens=params.max_tokens,
+            logprobs=0,
+        )
+        answers = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return [
+            BeamSearchOutput(sequences=[_beam(output) for output in answer.outputs])
+            for answer in answers
+        ]
+
     def close(self) -> None:
         """Free the model; idempotent."""
         self._is_closed = True
@@ -199,9 +230,8 @@ class LLM:
         while self._core.has_work():
             for update in self._core.step():
                 result = processor.process(update)
-                if result.delta is None:
-                    continue
-                answers[update.request_id].add(result.delta)
+                for delta in result.deltas:
+                    answers[update.request_id].add(delta)
                 if result.is_stopped_here:
                     self._core.abort(update.request_id, update.index)
                 if result.is_request_finished:
@@ -265,6 +295,15 @@ class RequestAnswer:
             outputs=outputs,
             num_cached_tokens=num_cached_tokens,
         )
+
+
+def _beam(output: CompletionOutput) -> BeamSearchSequence:
+    return BeamSearchSequence(
+        text=output.text,
+        token_ids=output.token_ids,
+        cum_logprob=sum(token.logprob for token in output.logprobs or ()),
+        finish_reason=output.finish_reason,
+    )
 
 
 def engine_config(model: str, options: LLMOptions) -> EngineConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from octavo.engine.best_of import BestOf
 from octavo.engine.stop_strings import StopMatch, StopStringFinder
 from octavo.tokenizer.detokenizer import Detokenizer
 from octavo.types import FinishReason, OutputDelta, PromptUsage, SamplingParams, TokenUpdate
@@ -22,13 +23,13 @@ class ProcessedUpdate:
     """What follows from one TokenUpdate.
 
     Attributes:
-        delta: what is new for the client; None if nothing is.
+        deltas: what is new for the client.
         is_stopped_here: a stop string ended the sequence: the engine does not know yet and must be
             told to abort it.
         is_request_finished: every sequence of the request has ended.
     """
 
-    delta: OutputDelta | None
+    deltas: tuple[OutputDelta, ...]
     is_stopped_here: bool
     is_request_finished: bool
 
@@ -57,6 +58,13 @@ class RequestText:
         self._request_id = request_id
         self._num_prompt_tokens = num_prompt_tokens
         self._params = params
+        # The beams of a search are chosen by the engine; samples are here, by their text's tokens.
+        is_choice = params.num_sequences > params.n and not params.use_beam_search
+        self._best_of = (
+            BestOf(params.n, params.num_sequences, has_logprobs=params.logprobs is not None)
+            if is_choice
+            else None
+        )
         self._sequences = {
             index: SequenceText(
                 Detokenizer(tokenizer, params.skip_special_tokens, is_continuation=True),
@@ -64,14 +72,14 @@ class RequestText:
                 if params.stop
                 else None,
             )
-            for index in range(params.n)
+            for index in range(params.num_sequences if is_choice else params.n)
         }
 
     def process(self, update: TokenUpdate) -> ProcessedUpdate:
         """Take in what one step brought to one sequence; updates after its end are ignored."""
         sequence = self._sequences.get(update.index)
         if sequence is None:
-            return ProcessedUpdate(None, False, not self._sequences)
+            return ProcessedUpdate((), False, not self._sequences)
         if sequence.usage is None:
             sequence.usage = PromptUsage(
                 num_prompt_tokens=self._num_prompt_tokens,
@@ -95,7 +103,8 @@ class RequestText:
             usage=sequence.usage,
         )
         is_stopped_here = match is not None and update.finish_reason is None
-        return ProcessedUpdate(delta, is_stopped_here, not self._sequences)
+        deltas = (delta,) if self._best_of is None else self._best_of.add(delta)
+        return ProcessedUpdate(deltas, is_stopped_here, not self._sequences)
 
     def _decode(
         self, sequence: SequenceText, update: TokenUpdate
@@ -163,7 +172,7 @@ class OutputProcessor:
         """Take in one update; a request is forgotten with the end of its last sequence."""
         request = self._requests.get(update.request_id)
         if request is None:
-            return ProcessedUpdate(None, False, True)
+            return ProcessedUpdate((), False, True)
         result = request.process(update)
         if result.is_request_finished:
             del self._requests[update.request_id]

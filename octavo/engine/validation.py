@@ -15,6 +15,7 @@ from octavo.errors import ContextLengthError, InvalidRequestError
 from octavo.types import Capacity, EngineRequest, SamplingParams
 
 MAX_N = 128
+MAX_BEAMS = 16
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
@@ -28,12 +29,32 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
     ("repetition_penalty", 0.01, 100.0),
+    ("length_penalty", -10.0, 10.0),
 )
 _COUNTS: tuple[tuple[str, int, int], ...] = (
     ("n", 1, MAX_N),
     ("top_k", -1, MAX_COUNT),
     ("min_tokens", 0, MAX_COUNT),
 )
+
+_SEARCH_FIELDS: dict[str, tuple[object, ...]] = {
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+}
+"""The values that mean nothing, for sampling."""
+_SAMPLING_FIELDS: dict[str, tuple[object, ...]] = {
+    "temperature": (0.0, 1.0),
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "logit_bias": ({},),
+    "stop": ((), []),
+    "min_tokens": (0,),
+}
+"""The values that mean nothing, for a beam search."""
 
 
 def validate_params(params: SamplingParams, vocab_size: int | None = None) -> SamplingParams:
@@ -71,6 +92,7 @@ def validate_params(params: SamplingParams, vocab_size: int | None = None) -> Sa
             raise InvalidRequestError(f"{name} must be true or false", param=name)
     _check_stop(params)
     _check_token_ids(params, vocab_size)
+    _check_choice(params)
     return params
 
 
@@ -148,6 +170,29 @@ def _check_stop(params: SamplingParams) -> None:
                 f"a stop string must be 1 to {MAX_STOP_BYTES} bytes long, not {length}",
                 param="stop",
             )
+
+
+def _check_choice(params: SamplingParams) -> None:
+    """How many sequences are computed, and by which rule they are chosen."""
+    if not isinstance(params.use_beam_search, bool):
+        raise InvalidRequestError("use_beam_search must be true or false", param="use_beam_search")
+    most = MAX_BEAMS if params.use_beam_search else MAX_N
+    if params.best_of is not None:
+        _check_count("best_of", params.best_of, params.n, most)
+    _check_count("n", params.n, 1, most)
+    if not (isinstance(params.early_stopping, bool) or params.early_stopping == "never"):
+        raise InvalidRequestError(
+            'early_stopping must be true, false or "never"', param="early_stopping"
+        )
+    neutral = _SEARCH_FIELDS if not params.use_beam_search else _SAMPLING_FIELDS
+    for name, values in neutral.items():
+        if getattr(params, name) not in values:
+            cure = (
+                f"beam search ranks by the model's own probabilities: leave {name} out"
+                if params.use_beam_search
+                else f"{name} needs use_beam_search"
+            )
+            raise InvalidRequestError(cure, param=name)
 
 
 def _check_token_ids(params: SamplingParams, vocab_size: int | None) -> None:

@@ -23,22 +23,22 @@ comes back as it began. Knows ids only: no text, no tensors, no clock.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+
+import msgspec
 
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequestError, OverloadedError
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.tiers import LowerTier, TierMoves
-from octavo.scheduler.beams import BeamSearch
+from octavo.scheduler.beams import BeamSearch, Hypothesis
 from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
 from octavo.scheduler.limits import RequestLimits
-from octavo.scheduler.messages import beam_update, new_sequence
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
+from octavo.scheduler.supply import BlockSupply, Step
 from octavo.scheduler.waiting import DrainRate, RankedList
 from octavo.types import (
-    BlockCopy,
     CacheStats,
     Capacity,
     EngineRequest,
@@ -51,27 +51,6 @@ from octavo.types import (
     SchedulerOutput,
     TokenUpdate,
 )
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step while it is planned and until it has returned.
-
-    Attributes:
-        num_left: what is left of the token budget.
-        may_admit: nobody has been preempted or turned away in this step yet.
-        admitted_blocks: the first blocks of each sequence that was admitted.
-        unsampled: sequences of which only a part of the prompt is computed.
-    """
-
-    now: float
-    num_left: int
-    may_admit: bool = True
-    new_sequences: list[NewSequence] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    admitted_blocks: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    unsampled: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
@@ -111,12 +90,12 @@ class Scheduler:
         self._drain_rate = DrainRate()
         self._rows = Rows(num_rows)
         self._groups = Groups(self._cache, self._rows, self._wait)
-        self._in_flight: _Step | None = None
+        self._supply = BlockSupply(self._cache, self._rows, self._groups, self._waiting, self._wait)
+        self._in_flight: Step | None = None
         self._aborted_in_flight: list[Sequence] = []
         self._num_arrivals = 0
         self._num_unstarted_requests = 0
         self._num_alive_sequences = 0
-        self._num_preemptions = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
 
@@ -194,7 +173,7 @@ class Scheduler:
             num_running=num_running,
             num_waiting=self._num_alive_sequences - num_running,
             cache=cache,
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._supply.num_preemptions,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generation_tokens,
         )
@@ -227,12 +206,12 @@ class Scheduler:
         while not step.scheduled and self._rows.running:
             # Beams that wait for one another hold blocks which others of them, or of another
             # search, wait for.
-            self._preempt_last(step)
+            self._supply.preempt_last(step)
             step = self._plan(now)
         if not step.scheduled:
             return SchedulerOutput()
-        stores, loads = self._tiers.take()
         self._in_flight = step
+        stores, loads = self._tiers.take()
         return SchedulerOutput(
             finished_rows=self._rows.take_finished(),
             forks=self._groups.take_forks(),
@@ -266,15 +245,15 @@ class Scheduler:
 
     # ---- Planning ------------------------------------------------------------------------------
 
-    def _plan(self, now: float) -> _Step:
+    def _plan(self, now: float) -> Step:
         """Fill a step."""
-        step = _Step(now, self._config.max_num_batched_tokens)
+        step = Step(now, self._config.max_num_batched_tokens)
         prompts = self._schedule_decodes(step)
         if step.num_left:
             self._schedule_prompts(step, prompts)
         return step
 
-    def _schedule_decodes(self, step: _Step) -> list[Sequence]:
+    def _schedule_decodes(self, step: Step) -> list[Sequence]:
         """Give a token to every running sequence that has one to compute; return the others."""
         prompts = []
         scheduled, block_size = step.scheduled, self._block_size
@@ -290,16 +269,16 @@ class Scheduler:
                 continue
             if seq.request.is_group and seq.request is not group:
                 group = seq.request
-                if not self._make_room(group, step):
+                if not self._supply.make_room(group, step):
                     break  # It was the last one in rank, and the one that had to go.
             new_blocks: tuple[int, ...] = ()
             if num_tokens > len(seq.table.block_ids) * block_size:
-                grown = self._grow(seq, step)
+                grown = self._supply.grow(seq, step)
                 if grown is None:
                     break
                 new_blocks = grown
             elif group is seq.request:
-                self._own_block(seq, num_computed // block_size, step)
+                self._supply.own_block(seq, num_computed // block_size, step)
             scheduled.append(ScheduledSequence(seq.row, num_computed, 1, new_blocks, True))
             seq.num_computed_tokens = num_tokens
             step.num_left -= 1
@@ -307,7 +286,7 @@ class Scheduler:
                 self._schedule_forks(seq, step)
         return prompts
 
-    def _schedule_prompts(self, step: _Step, prompts: list[Sequence]) -> None:
+    def _schedule_prompts(self, step: Step, prompts: list[Sequence]) -> None:
         """Share what is left of the budget between running prompts and waiting sequences."""
         for seq in prompts:
             self._load(seq)
@@ -325,7 +304,7 @@ class Scheduler:
             self._schedule_chunk(step, seq, num_new)
 
     def _share_out(
-        self, step: _Step, prompts: list[Sequence], num_tokens: int, shares: dict[Sequence, int]
+        self, step: Step, prompts: list[Sequence], num_tokens: int, shares: dict[Sequence, int]
     ) -> None:
         """Hand out `num_tokens` in the given order; who still waits is admitted at its turn."""
         for seq in prompts:
@@ -339,7 +318,7 @@ class Scheduler:
             step.num_left -= gets
             num_tokens -= gets
 
-    def _schedule_chunk(self, step: _Step, seq: Sequence, num_new: int) -> None:
+    def _schedule_chunk(self, step: Step, seq: Sequence, num_new: int) -> None:
         """Plan the next `num_new` tokens of a prompt."""
         num_computed = seq.num_computed_tokens
         seq.num_computed_tokens = num_computed + num_new
@@ -353,15 +332,15 @@ class Scheduler:
         elif seq.request.is_group and seq.num_output_tokens == 0:
             self._schedule_forks(seq, step)
 
-    def _schedule_forks(self, leader: Sequence, step: _Step) -> None:
+    def _schedule_forks(self, leader: Sequence, step: Step) -> None:
         """Sample for the siblings of a sequence too, whose prompt is complete with this step."""
         for seq in self._groups.fork_samples(leader):
             num_tokens = len(seq.token_ids)
             block_ids = tuple(seq.table.block_ids)
-            step.new_sequences.append(new_sequence(seq))
+            step.new_sequences.append(_new_sequence(seq))
             step.scheduled.append(ScheduledSequence(seq.row, num_tokens, 0, block_ids, True))
 
-    def _admit(self, seq: Sequence, step: _Step) -> bool:
+    def _admit(self, seq: Sequence, step: Step) -> bool:
         """Give a waiting sequence a row, its cached prefix and blocks for all its known tokens.
 
         When one finds no room, nobody after it is admitted in this step either: smaller ones would
@@ -380,7 +359,7 @@ class Scheduler:
         num_cached = self._tiers.load(seq.table, seq.token_ids, prefix.num_tokens)
         self._start(seq, num_cached, step.now)
         step.admitted_blocks[seq] = new_blocks
-        step.new_sequences.append(new_sequence(seq))
+        step.new_sequences.append(_new_sequence(seq))
         return True
 
     def _start(self, seq: Sequence, num_cached: int, now: float) -> None:
@@ -403,62 +382,6 @@ class Scheduler:
         # Preempted ones may load the same blocks again.
         num_cached = request.num_cached_tokens + seq.num_computed_tokens - num_computed
         request.num_cached_tokens = min(num_cached, request.num_prompt_tokens - 1)
-
-    def _grow(self, seq: Sequence, step: _Step) -> tuple[int, ...] | None:
-        """Get the block for a running sequence's next token, at the cost of the last ones in rank.
-
-        Returns:
-            The new block ids; None if the sequence was itself the last one and has been preempted.
-        """
-        while (new_blocks := self._cache.allocate(seq.table, len(seq.token_ids))) is None:
-            self._preempt_last(step)
-            if seq.status is not Status.RUNNING:
-                return None
-        return new_blocks
-
-    def _make_room(self, group: Request, step: _Step) -> bool:
-        """See to it that a group's next tokens find blocks; False if it has been preempted."""
-        while True:
-            tables = [
-                (seq.table, seq.num_computed_tokens)
-                for seq in group.sequences
-                if seq.status is Status.RUNNING
-                and len(seq.token_ids) - seq.num_computed_tokens == 1
-            ]
-            if self._cache.num_missing_blocks(tables) <= self._cache.num_free_blocks:
-                return bool(tables)
-            self._preempt_last(step)
-
-    def _own_block(self, seq: Sequence, index: int, step: _Step) -> None:
-        """Copy a block before the sequence writes into it, if others hold it too."""
-        if self._cache.num_sharers(seq.table, index) > 1:
-            blocks = self._cache.own(seq.table, index)
-            assert blocks is not None, "room was made for it"
-            step.copies.append(BlockCopy(seq.row, index, *blocks))
-
-    def _preempt_last(self, step: _Step) -> None:
-        """Take rows and blocks from the last running group; it waits with the tokens it has.
-
-        All of it but one sequence is held until that one has computed what they share. If samples
-        of one request are all that runs, only the last of them goes.
-        """
-        step.may_admit = False
-        running = self._rows.running
-        request = running[-1].request
-        group = [seq for seq in running if seq.request is request]
-        if len(group) == len(running) and request.search is None:
-            group = group[-1:]
-        self._num_preemptions += len(group)
-        for seq in group:
-            self._groups.retire(seq)
-            seq.num_computed_tokens = 0
-            seq.beam.next = None
-        if len(group) > 1:
-            for seq in request.sequences:
-                if seq.status is Status.WAITING:
-                    self._waiting.remove(seq)
-                    seq.status = Status.HELD
-        self._wait(group[0])
 
     # ---- Taking results ------------------------------------------------------------------------
 
@@ -513,7 +436,7 @@ class Scheduler:
             return []
         self._end_all(request, "stop")
         best = search.finished[: request.params.n]
-        return [beam_update(request, place, one) for place, one in enumerate(best)]
+        return [_beam_update(request, place, one) for place, one in enumerate(best)]
 
     def _end_all(self, request: Request, finish_reason: FinishReason) -> list[TokenUpdate]:
         """Finish every sequence of a request; return an update for each that the user sees."""
@@ -590,3 +513,34 @@ class Scheduler:
         seq.num_expected_tokens = len(seq.token_ids) - prefix.num_tokens
         seq.status = Status.WAITING
         self._waiting.add(seq)
+
+
+def _new_sequence(seq: Sequence) -> NewSequence:
+    """What the runner has to know of a sequence that gets a row."""
+    params, search = seq.request.params, seq.request.search
+    if search is not None:
+        params = msgspec.structs.replace(params, temperature=0.0, logprobs=search.num_candidates)
+    elif params.num_sequences > params.n:  # They are compared by their log probabilities.
+        params = msgspec.structs.replace(params, logprobs=params.logprobs or 0)
+    return NewSequence(
+        row=seq.row,
+        index=seq.index,
+        token_ids=seq.token_ids.tolist(),
+        num_prompt_tokens=seq.request.num_prompt_tokens,
+        params=params,
+    )
+
+
+def _beam_update(request: Request, index: int, beam: Hypothesis) -> TokenUpdate:
+    """The whole of a beam that is returned."""
+    last = beam.token_ids[-1]
+    is_users_stop = beam.finish_reason == "stop" and last not in request.eos_ids
+    return TokenUpdate(
+        request.request_id,
+        index,
+        beam.token_ids,
+        beam.logprobs,
+        beam.finish_reason,
+        last if is_users_stop else None,
+        request.num_cached_tokens,
+    )

@@ -97,11 +97,12 @@ def _prompts(
             f"prompt holds {len(prompts)} prompts; at most {limits.max_prompts} are taken.",
             param="prompt",
         )
-    if len(prompts) * shared.n > limits.max_sequences:
+    name, count = ("n", shared.n) if shared.best_of is None else ("best_of", shared.best_of)
+    if len(prompts) * count > limits.max_sequences:
         raise InvalidRequestError(
-            f"{len(prompts)} prompts times n = {shared.n} are more than the "
+            f"{len(prompts)} prompts times {name} = {count} are more than the "
             f"{limits.max_sequences} answers that one request may have.",
-            param="n",
+            param=name,
         )
     return prompts
 

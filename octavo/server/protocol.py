@@ -7,7 +7,7 @@ A request is made of one or two flat structs whose fields stand side by side in 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -45,6 +45,14 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_N)] = 1
+    best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+    """Compute so many answers and return the n most probable ones; with beam search, its width."""
+    use_beam_search: bool = False
+    """Search for the most probable answers instead of sampling; they come when all are found."""
+    length_penalty: Annotated[float, Meta(ge=-10.0, le=10.0)] = 1.0
+    """Beams are ranked by log probability / length ** length_penalty."""
+    early_stopping: bool | Literal["never"] = False
+    """When a beam search ends, as in transformers."""
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=MAX_COUNT)] = 0
@@ -72,6 +80,10 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """The engine's record of these fields."""
         return SamplingParams(
             n=self.n,
+            best_of=self.best_of,
+            use_beam_search=self.use_beam_search,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,

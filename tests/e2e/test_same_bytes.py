@@ -38,10 +38,20 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "n": 3, "logprobs": 1},
     {"temperature": 0.9, "min_tokens": 5, "ignore_eos": False},
 ]
+GROUPS: list[dict[str, Any]] = [
+    {"temperature": 0.0, "use_beam_search": True, "best_of": 4, "n": 2, "logprobs": 1},
+    {"temperature": 1.0, "n": 4, "logprobs": 0},
+    {"use_beam_search": True, "n": 3, "early_stopping": True, "length_penalty": 0.5},
+    {"temperature": 0.8},
+]
 
 
 def make_requests(
-    count: int, vocab_size: int, max_prompt: int, max_tokens: int
+    count: int,
+    vocab_size: int,
+    max_prompt: int,
+    max_tokens: int,
+    kinds: list[dict[str, Any]] = KINDS,
 ) -> list[EngineRequest]:
     """Requests of every kind; some prompts share their beginning, one is repeated."""
     dice = random.Random(count)
@@ -51,7 +61,7 @@ def make_requests(
         length = dice.randint(1, max_prompt)
         own = [dice.randrange(vocab_size) for _ in range(length)]
         begin = dice.choice([0, 0, length // 2, length])
-        settings = {"ignore_eos": True, **KINDS[number % len(KINDS)]}
+        settings = {"ignore_eos": True, **kinds[number % len(kinds)]}
         params = SamplingParams(seed=number, max_tokens=dice.randint(1, max_tokens), **settings)
         if params.min_tokens > (params.max_tokens or 0):
             params = SamplingParams(seed=number, max_tokens=max_tokens, **settings)
@@ -275,6 +285,34 @@ def test_preemption(tiny_path: Path, chunk: int, use_prefix_cache: bool) -> None
     )
     assert answers == alone(tiny_path, requests)
     assert stats.num_preemptions > 2
+
+
+# 20 blocks; a token has K and V in two layers, two heads, head_dim 16 and fp16.
+SCARCE: dict[str, Any] = {"memory_bytes": 160 * 2 * 2 * 2 * 16 * 2, "block_size": 8}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 4, "max_num_batched_tokens": 4},
+        {"max_num_seqs": 5, "use_prefix_cache": False},
+        {"max_num_batched_tokens": 33, "block_size": 8, "num_threads": 2},
+        {"kv_dtype": "int8", "block_size": 32, "max_num_seqs": 9},
+        SCARCE,
+        SCARCE | {"use_prefix_cache": False, "max_num_batched_tokens": 23},
+    ],
+)
+def test_samples_and_beams(tiny_path: Path, options: dict[str, Any]) -> None:
+    """Groups that share blocks, copy them when they write and are preempted together."""
+    is_scarce = "memory_bytes" in options
+    lengths = (
+        {"max_prompt": 9, "max_tokens": 30} if is_scarce else {"max_prompt": 40, "max_tokens": 20}
+    )
+    requests = make_requests(12, vocab_size=262, kinds=GROUPS, **lengths)
+    [answers], stats = answers_of(tiny_path, requests, **options)
+    kept = {"kv_dtype": options["kv_dtype"]} if "kv_dtype" in options else {}
+    assert answers == alone(tiny_path, requests, **kept)
+    assert stats.num_preemptions > 2 or not is_scarce
 
 
 @pytest.fixture(scope="module")

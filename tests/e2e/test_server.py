@@ -52,6 +52,26 @@ def test_streamed_equals_whole(client) -> None:
     assert reason == whole.choices[0].finish_reason
 
 
+def test_beams_and_the_best_of_many(server, client) -> None:
+    options = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 6}
+    beams = {"use_beam_search": True, "length_penalty": 0.7, "early_stopping": True}
+    answer = client.completions.create(**options, n=2, best_of=4, extra_body=beams, logprobs=0)
+    assert "Paris" in answer.choices[0].text
+    scores = [
+        sum(choice.logprobs.token_logprobs) / len(choice.logprobs.tokens) ** 0.7
+        for choice in answer.choices
+    ]
+    assert scores[0] >= scores[1]
+    chunks = client.completions.create(**options, n=2, best_of=4, extra_body=beams, stream=True)
+    texts = ["", ""]
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in answer.choices]
+    best = client.completions.create(**options, best_of=3, seed=1)
+    assert len(best.choices) == 1
+    wait_idle(server)
+
+
 def test_second_request_is_served_from_the_prefix_cache(client) -> None:
     prompt = "A list of things that one finds in a harbour: " + "ropes, nets and boats, " * 12
     options = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 8}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo import LLM, RequestOutput, SamplingParams
+from octavo import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from octavo.errors import (
     ConfigError,
     ContextLengthError,
@@ -75,6 +75,30 @@ def test_n_answers_and_stop_strings(llm: LLM) -> None:
     answer = stopped.outputs[2]
     assert answer.text == texts[2][: texts[2].index(stop)]
     assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+
+
+def test_the_best_of_many_samples(llm: LLM) -> None:
+    settings = {"seed": 1, "max_tokens": 12, "ignore_eos": True}
+    [every] = llm.generate("a", SamplingParams(n=6, logprobs=0, **settings))
+    [best] = llm.generate("a", SamplingParams(n=2, best_of=6, **settings))
+    ranked = sorted(every.outputs, key=lambda o: -sum(t.logprob for t in o.logprobs or ()))
+    assert [o.token_ids for o in best.outputs] == [o.token_ids for o in ranked[:2]]
+    assert [(o.index, o.logprobs) for o in best.outputs] == [(0, None), (1, None)]
+
+
+def test_beams_are_in_order_and_one_beam_is_greedy(llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=4, max_tokens=6, ignore_eos=True)
+    outputs = llm.beam_search(["a", {"prompt_token_ids": [5, 6, 7]}], params)
+    for prompt, output in zip(["a", {"prompt_token_ids": [5, 6, 7]}], outputs, strict=True):
+        scores = [beam.cum_logprob for beam in output.sequences]
+        assert scores == sorted(scores, reverse=True)
+        assert len({beam.token_ids for beam in output.sequences}) == 4
+        assert all(beam.finish_reason == "length" for beam in output.sequences)
+        one = BeamSearchParams(beam_width=1, max_tokens=6, ignore_eos=True)
+        [alone], [greedy] = llm.beam_search(prompt, one), llm.generate(prompt, GREEDY)
+        assert alone.sequences[0].token_ids == greedy.outputs[0].token_ids
+    with pytest.raises(InvalidRequestError, match="16"):
+        llm.beam_search("a", BeamSearchParams(beam_width=17, max_tokens=6))
 
 
 def test_a_prefix_is_served_from_the_cache(llm: LLM) -> None:

@@ -34,8 +34,7 @@ def stream(
                 num_cached_tokens=2,
             )
         )
-        if result.delta is not None:
-            deltas.append(result.delta)
+        deltas += result.deltas
         if result.is_request_finished:
             return deltas, result.is_stopped_here
     raise AssertionError("the request did not end")
@@ -153,16 +152,42 @@ def test_sequences_are_apart_and_the_request_ends_with_the_last(tiny_tokenizer: 
     processor.add("wire", 3, SamplingParams(n=2, stop=("b",)), shown_id="shown")
     a, b = (tiny_tokenizer.encode(c)[0] for c in "ab")
     first = processor.process(TokenUpdate("wire", 1, (a,)))
-    assert first.delta is not None
-    assert (first.delta.request_id, first.delta.index, first.delta.text) == ("shown", 1, "a")
+    (delta,) = first.deltas
+    assert (delta.request_id, delta.index, delta.text) == ("shown", 1, "a")
     stopped = processor.process(TokenUpdate("wire", 0, (b,)))
     assert stopped.is_stopped_here
     assert not stopped.is_request_finished
     late = processor.process(TokenUpdate("wire", 0, (a,)))
-    assert late.delta is None
+    assert late.deltas == ()
     last = processor.process(TokenUpdate("wire", 1, (a,), (), "length"))
     assert last.is_request_finished
-    assert processor.process(TokenUpdate("wire", 1, (a,))).delta is None
+    assert processor.process(TokenUpdate("wire", 1, (a,))).deltas == ()
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_the_best_of_many_are_returned_when_all_have_ended(
+    tiny_tokenizer: Tokenizer, logprobs: int | None
+) -> None:
+    processor = OutputProcessor(tiny_tokenizer)
+    processor.add("a", 3, SamplingParams(n=2, best_of=4, logprobs=logprobs, stop=("z",)))
+    a, z = (tiny_tokenizer.encode(c)[0] for c in "az")
+    results = []
+    for index, ids, logprob, reason in [
+        (0, (a, a), -1.0, None),
+        (1, (a,), -0.9, None),
+        (2, (a, a, z), -0.5, None),  # ended by its stop string
+        (3, (a,), -0.1, "error"),
+        (1, (a,), -3.0, "length"),
+        (0, (a,), -1.2, "length"),
+    ]:
+        tokens = tuple(TokenLogprob(token, logprob) for token in ids)
+        results.append(processor.process(TokenUpdate("a", index, ids, tokens, reason)))
+    assert [r.is_stopped_here for r in results] == [False, False, True, False, False, False]
+    assert all(r.deltas == () for r in results[:-1])
+    best, second = results[-1].deltas
+    assert (best.index, best.text, best.stop_reason) == (0, "aa", "z")
+    assert (second.index, second.text, second.finish_reason) == (1, "aaa", "length")
+    assert len(second.logprobs) == (0 if logprobs is None else 3)
 
 
 def test_a_removed_request_is_silent(tiny_tokenizer: Tokenizer) -> None:
@@ -170,4 +195,4 @@ def test_a_removed_request_is_silent(tiny_tokenizer: Tokenizer) -> None:
     processor.add("a", 1, SamplingParams())
     processor.remove("a")
     processor.remove("a")
-    assert processor.process(TokenUpdate("a", 0, (1,))).delta is None
+    assert processor.process(TokenUpdate("a", 0, (1,))).deltas == ()

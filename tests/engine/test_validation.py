@@ -22,6 +22,10 @@ CAPACITY = Capacity(
 
 GOOD: list[tuple[str, list[Any]]] = [
     ("n", [1, 128]),
+    ("best_of", [None, 1, 128]),
+    ("use_beam_search", [True, False]),
+    ("length_penalty", [1, 1.0]),
+    ("early_stopping", [False]),
     ("temperature", [0, 0.0, 1, 100]),
     ("top_k", [-1, 0, 1, 2**31 - 1]),
     ("top_p", [1e-9, 0.5, 1]),
@@ -43,6 +47,10 @@ GOOD: list[tuple[str, list[Any]]] = [
 NO_NUMBERS: list[Any] = [float("nan"), float("inf"), -float("inf"), "1", True, [], 1e308, 2**65]
 BAD: list[tuple[str, list[Any]]] = [
     ("n", [0, -1, 129, 1.0, None, *NO_NUMBERS]),
+    ("best_of", [0, -1, 129, 1.0, *NO_NUMBERS]),
+    ("use_beam_search", [None, 0, "no"]),
+    ("length_penalty", [0.5, -10.1, 10.1, None, *NO_NUMBERS]),
+    ("early_stopping", [True, "never", "always", 0, None]),
     ("temperature", [-0.01, 100.1, None, *NO_NUMBERS]),
     ("top_k", [-2, 0.5, 2**31, None, *NO_NUMBERS]),
     ("top_p", [0, -0.1, 1.01, None, *NO_NUMBERS]),
@@ -86,6 +94,33 @@ def test_bad_values_are_named(name: str, value: Any) -> None:
     assert caught.value.param == name
     assert name.split("_")[0] in caught.value.message
     assert caught.value.status == 400
+
+
+def test_a_beam_search_takes_its_own_fields_and_none_of_sampling() -> None:
+    search = {"use_beam_search": True, "n": 2, "best_of": 16, "temperature": 0}
+    for name, value in [
+        ("length_penalty", -10),
+        ("early_stopping", "never"),
+        ("stop_token_ids", (5,)),
+    ]:
+        validate_params(SamplingParams(**search, **{name: value}), VOCAB)
+    for name, value in [
+        ("temperature", 0.5),
+        ("top_k", 3),
+        ("top_p", 0.9),
+        ("min_p", 0.1),
+        ("repetition_penalty", 1.1),
+        ("presence_penalty", 1),
+        ("frequency_penalty", 1),
+        ("logit_bias", {3: 1.0}),
+        ("stop", ("x",)),
+        ("min_tokens", 1),
+        ("best_of", 17),
+        ("best_of", 1),
+    ]:
+        with pytest.raises(InvalidRequestError) as caught:
+            validate_params(SamplingParams(**search | {name: value}), VOCAB)
+        assert caught.value.param == name
 
 
 JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)

@@ -21,6 +21,10 @@ VALUES: dict[str, object] = {
     "model": "fake",
     "stream": False,
     "n": 2,
+    "best_of": 2,
+    "use_beam_search": True,
+    "length_penalty": 1.0,
+    "early_stopping": False,
     "temperature": 0.5,
     "top_p": 0.9,
     "top_k": 5,
@@ -150,6 +154,7 @@ def test_unsupported_fields_are_refused_unless_neutral(server, path) -> None:
 
 
 def test_a_neutral_number_is_not_a_boolean(server) -> None:
+    error_of(post(server, TEXT, store=0))
     error_of(post(server, TEXT, use_beam_search=0))
     error_of(post(server, TEXT, best_of=True))
 
