@@ -281,8 +281,8 @@ class DiskBlockStore:
         path, segment = self._segments.popitem(last=False)
         del self._sizes[path]
         if segment is not None:
-            for prefix_hash in segment.hashes:
-                if prefix_hash is not None and self._index[prefix_hash][0] is segment:
+            for prefix_hash in filter(None, segment.hashes):
+                if self._index.get(prefix_hash, (None,))[0] is segment:
                     del self._index[prefix_hash]
         return path, segment
 
@@ -290,7 +290,10 @@ class DiskBlockStore:
         """A block of it was asked for: it is dropped after all others."""
         self._segments.move_to_end(segment.path)
         if is_read:  # So that the order outlives us.
-            segment.touch()
+            try:
+                segment.touch()
+            except OSError as error:
+                self._turn_off(error)
 
     def _read(self, segment: Segment, slot: int, out: memoryview) -> bool:
         """Read a block; one that is damaged is forgotten, and reported if it is the first."""

@@ -427,11 +427,39 @@ def test_a_full_disk_turns_the_store_off(
     assert not store.contains(name(0))
     store.discard([name(0)])
     store.close()
+    store.close()
     monkeypatch.undo()
     again = make()
     check(again, *range(5))
     for number in known(again, range(10, 20)):
         check(again, number)
+
+
+def test_what_is_turned_off_can_still_be_cleared(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make()
+    put(store, *range(5))
+    with store._changed:
+        store._turn_off(OSError(errno.EIO, "broken"))
+    store.clear()
+    assert segments(store) == []
+    assert store.stats().num_bytes == 0
+
+
+def test_a_disk_that_became_read_only(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make()
+    put(store, *range(5))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(block_segment.os, "utime", fail)
+    check(store, 1)
+    assert not store.contains(name(1))
+    assert "Read-only file system" in caplog.text
 
 
 def test_turned_off_in_the_midst_of_a_write(
