@@ -7,7 +7,7 @@
     │   ├── InvalidRequestError   400: the request is at fault
     │   │   └── ContextLengthError   400: more tokens than can ever fit
     │   ├── ModelNotFoundError    404
-    │   ├── OverloadedError       503: the queue is full; carries Retry-After
+    │   ├── OverloadedError       503: the queue, or the room for pins, is full; carries Retry-After
     │   └── EngineDeadError       503: the engine process ended
     └── KernelError               ours, never the client's
 
@@ -70,14 +70,16 @@ class ModelNotFoundError(RequestError):
 
 
 class OverloadedError(RequestError):
-    """The waiting queue is full; try again after `retry_after_s`."""
+    """The waiting queue, or what may be pinned, is full; try again after `retry_after_s`."""
 
     status = 503
     kind = "overloaded"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float = 1.0, code: str | None = "queue_full"
+    ) -> None:
         """Keep how long a client should wait."""
-        super().__init__(message, code="queue_full")
+        super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
 
 

@@ -105,6 +105,7 @@ METRICS = (
     Metric("octavo_kv_cache_blocks", "gauge", "Blocks of the KV pool."),
     Metric("octavo_kv_cache_blocks_used", "gauge", "Blocks that a sequence refers to."),
     Metric("octavo_kv_cache_blocks_cached", "gauge", "Free blocks that hold a known prefix."),
+    Metric("octavo_kv_cache_blocks_pinned", "gauge", "Blocks that stay cached for a time."),
     Metric(
         "octavo_kv_cache_usage_ratio",
         "gauge",
@@ -294,6 +295,7 @@ def _from_engine(stats: EngineStats, capacity: Capacity | None) -> dict[str, flo
         "octavo_kv_cache_blocks": capacity.kv_pool.num_blocks if capacity else 0,
         "octavo_kv_cache_blocks_used": cache.num_blocks_used,
         "octavo_kv_cache_blocks_cached": cache.num_blocks_cached,
+        "octavo_kv_cache_blocks_pinned": cache.num_blocks_pinned,
         "octavo_kv_cache_usage_ratio": cache.num_blocks_used / max(1, cache.num_blocks),
         "octavo_prompt_tokens_total": stats.prompt_tokens,
         "octavo_generation_tokens_total": stats.generation_tokens,

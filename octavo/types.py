@@ -11,6 +11,18 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+MissReason = Literal[
+    "cache off",
+    "shorter than a block",
+    "never seen",
+    "being computed",
+    "evicted",
+    "reset",
+    "discarded",
+    "other salt or scope",
+]
+"""Why a prefix was not served: "being computed" by a sequence that runs; "discarded" since that
+sequence's logits were not finite."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +117,24 @@ class BeamSearchOutput(msgspec.Struct, frozen=True, kw_only=True):
     sequences: list[BeamSearchSequence]
 
 
+class CacheParams(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request asks of the prefix cache. None of it changes the answer.
+
+    Attributes:
+        salt: the client's own: only requests with an equal one share blocks; "" is none.
+        scope: the server's, from the API key: the same rule; "" is none.
+        pin_s: for so many seconds from the first token on, the prompt's full blocks stay cached.
+    """
+
+    salt: str = ""
+    scope: str = ""
+    pin_s: float = 0.0
+
+
+OPEN_CACHE = CacheParams()
+"""Share with everybody who gives neither, and stay as long as there is room."""
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request as the engine sees it: ids, no text.
 
@@ -113,12 +143,14 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
         prompt_ids: at least one token id.
         params: complete: max_tokens and seed are set, `stop_token_ids` are the user's own.
         priority: smaller runs first under the priority policy; equal ones in order of arrival.
+        cache: who may share its blocks, and how long they stay.
     """
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    cache: CacheParams = OPEN_CACHE
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -157,6 +189,9 @@ class KVPool(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     """Tokens a block."""
     num_bytes: int
+    identity: str = ""
+    """Names all that the bytes of a block depend on beside its tokens and those before: weights,
+    quantization, backend, form of the block. Blocks of equal identity are interchangeable."""
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +230,8 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks that a living sequence refers to."""
     num_blocks_cached: int = 0
     """Free blocks whose content the prefix cache can still serve."""
+    num_blocks_pinned: int = 0
+    """Blocks that stay cached for a time because a request asked for it."""
     num_queries: int = 0
     """Prompt tokens that the prefix cache looked up."""
     num_hits: int = 0
@@ -237,6 +274,12 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
     index: int | None = None
 
 
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """Forget all cached prefixes; answered by PrefixCacheReset of the same number."""
+
+    number: int
+
+
 class EngineProgress(msgspec.Struct, frozen=True, tag="progress"):
     """Loading goes on."""
 
@@ -275,8 +318,17 @@ class RequestRejected(msgspec.Struct, frozen=True, tag="rejected"):
     retry_after_s: float = 1.0
 
 
-ToEngine = StartEngine | AddRequest | AbortRequest
-FromEngine = EngineProgress | EngineReady | EngineFailed | EngineUpdates | RequestRejected
+class PrefixCacheReset(msgspec.Struct, frozen=True, tag="prefix_cache_reset"):
+    """The prefix cache is empty; it had so many blocks."""
+
+    number: int
+    num_blocks: int
+
+
+ToEngine = StartEngine | AddRequest | AbortRequest | ResetPrefixCache
+FromEngine = (
+    EngineProgress | EngineReady | EngineFailed | EngineUpdates | RequestRejected | PrefixCacheReset
+)
 
 
 # ---- Between the engine's client side and the server or the user --------------------------------
@@ -350,6 +402,18 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt and output so far."""
     num_prompt_tokens: int
     params: SamplingParams
+
+
+class PrefixReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the prefix cache could do for a sequence that was admitted, for the debug log."""
+
+    request_id: str
+    index: int
+    num_tokens: int
+    num_cached_tokens: int
+    block_size: int
+    miss: MissReason | None
+    """Why the first block after the cached tokens was missing; None: no more could be served."""
 
 
 class Fork(msgspec.Struct, frozen=True, array_like=True):

@@ -20,6 +20,7 @@ NAMES = {
     "octavo_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "octavo_kv_cache_blocks": "",
     "octavo_kv_cache_blocks_cached": "",
+    "octavo_kv_cache_blocks_pinned": "",
     "octavo_kv_cache_blocks_used": "",
     "octavo_kv_cache_bytes": "",
     "octavo_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
@@ -101,6 +102,7 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
             num_blocks=8,
             num_blocks_used=2,
             num_blocks_cached=1,
+            num_blocks_pinned=3,
             num_queries=90,
             num_hits=32,
             lower=TierStats(
@@ -123,6 +125,7 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
         "octavo_kv_cache_blocks": 8,
         "octavo_kv_cache_blocks_used": 2,
         "octavo_kv_cache_blocks_cached": 1,
+        "octavo_kv_cache_blocks_pinned": 3,
         "vllm:kv_cache_usage_perc": 0.25,
         "octavo_preemptions_total": 7,
         "octavo_prompt_tokens_total": 100,

@@ -28,6 +28,14 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         help="requests must carry one of these keys (repeatable)",
     )  # fmt: skip
     group.add_argument(
+        "--cache-scope", choices=("key", "global"), default="key",
+        help="who shares cached prefixes: those of one API key, or all (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--admin-socket", metavar="PATH",
+        help="serve the admin routes at this Unix socket (default: nowhere)",
+    )  # fmt: skip
+    group.add_argument(
         "--drain", type=float, default=30.0, metavar="SECONDS",
         help="how long running requests may finish after SIGTERM (default: %(default)s)",
     )  # fmt: skip
@@ -42,6 +50,8 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
             port=options.port,
             served_name=options.served_model_name or options.model,
             api_keys=tuple(options.api_key) + _read_keys(options.api_key_file),
+            cache_scope=options.cache_scope,
+            admin_socket=options.admin_socket,
             drain_s=options.drain,
         )
     )

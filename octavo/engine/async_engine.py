@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -27,8 +28,10 @@ from octavo.errors import (
     RequestError,
 )
 from octavo.types import (
+    OPEN_CACHE,
     AbortRequest,
     AddRequest,
+    CacheParams,
     Capacity,
     EngineFailed,
     EngineProgress,
@@ -37,12 +40,16 @@ from octavo.types import (
     EngineUpdates,
     FromEngine,
     OutputDelta,
+    PrefixCacheReset,
     RequestRejected,
+    ResetPrefixCache,
     SamplingParams,
 )
 
 if TYPE_CHECKING:  # an engine is launched before the tokenizers library is imported
     from octavo.tokenizer.tokenizer import Tokenizer
+
+_log = logging.getLogger("octavo.engine")
 
 CLOSE_TIMEOUT_S = 2.0
 """How long the engine process may take to end by itself, and again after SIGTERM."""
@@ -68,6 +75,7 @@ class AsyncEngine:
         self._connecting = asyncio.Lock()
         self._settled = asyncio.Event()
         self._queues: dict[str, DeltaQueue] = {}
+        self._resets: dict[int, asyncio.Future[int]] = {}
         self._numbers = itertools.count()
         self.phase = "starting"
         self.progress = 0.0
@@ -136,6 +144,7 @@ class AsyncEngine:
         *,
         request_id: str,
         priority: int = 0,
+        cache: CacheParams = OPEN_CACHE,
     ) -> AsyncIterator[OutputDelta]:
         """Answer a prompt, a delta at a time.
 
@@ -151,7 +160,10 @@ class AsyncEngine:
         # Requests are numbered on the wire: a number is never used twice, so an update of an
         # aborted request cannot be taken for one of a later request that bears the same name.
         number = str(next(self._numbers))
-        request = complete_request(number, prompt_ids, params, capacity, priority=priority)
+        request = complete_request(
+            number, prompt_ids, params, capacity, priority=priority, cache=cache
+        )
+        _log.debug("request %s is %s in the engine", request_id, number)
         self._processor.add(number, len(prompt_ids), request.params, shown_id=request_id)
         queue = self._queues[number] = DeltaQueue()
         self._channel.send(AddRequest(request=request))
@@ -165,6 +177,25 @@ class AsyncEngine:
             self._forget(number)
             if running and not queue.is_failed:
                 self._channel.send(AbortRequest(request_id=number))
+
+    async def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes, pinned ones too; return how many blocks they had.
+
+        Requests that run go on; what they compute is not cached.
+
+        Raises:
+            EngineDeadError: the engine has ended.
+        """
+        await self.wait_ready()
+        assert self._channel is not None
+        number = next(self._numbers)
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._resets[number] = done
+        self._channel.send(ResetPrefixCache(number))
+        try:
+            return await done
+        finally:
+            del self._resets[number]
 
     async def close(self) -> None:
         """End the engine process; requests still running get an EngineDeadError. Idempotent."""
@@ -210,6 +241,10 @@ class AsyncEngine:
                 queue = self._queues.get(record.request_id)
                 if queue is not None:
                     queue.fail(_rejection(record))
+            case PrefixCacheReset():
+                done = self._resets.get(record.number)
+                if done is not None and not done.done():
+                    done.set_result(record.num_blocks)
 
     def _update(self, record: EngineUpdates) -> None:
         self.stats = record.stats
@@ -237,6 +272,9 @@ class AsyncEngine:
         self._settled.set()
         for queue in self._queues.values():
             queue.fail(EngineDeadError(self.failure))
+        for done in self._resets.values():
+            if not done.done():
+                done.set_exception(EngineDeadError(self.failure))
 
     async def _wait_exit(self, timeout_s: float) -> int | None:
         """Wait for the process to end; None if it is still alive after the time."""
@@ -257,6 +295,8 @@ def _rejection(record: RequestRejected) -> RequestError:
         case "ContextLengthError":
             return ContextLengthError(record.message, param=record.param)
         case "OverloadedError":
-            return OverloadedError(record.message, retry_after_s=record.retry_after_s)
+            return OverloadedError(
+                record.message, retry_after_s=record.retry_after_s, code=record.code
+            )
         case _:
             return InvalidRequestError(record.message, param=record.param, code=record.code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from octavo.types import (
     EngineStats,
     ModelOutput,
     NewSequence,
+    PrefixReport,
     SamplingParams,
     ScheduledSequence,
     SchedulerOutput,
@@ -29,6 +31,8 @@ from octavo.types import (
 
 PhaseProgress = Callable[[str, float], None]
 """Called with the name of the phase of loading and the fraction of it that is done."""
+
+_log = logging.getLogger("octavo.engine")
 
 
 class Executor(Protocol):
@@ -90,7 +94,9 @@ class EngineCore:
         except BaseException:
             executor.close()
             raise
-        scheduler = Scheduler(config, capacity, find_eos(), executor.tier)
+        # Asked once: a scheduler that explains misses remembers what it lost from the beginning.
+        on_admitted = log_prefix if _log.isEnabledFor(logging.DEBUG) else None
+        scheduler = Scheduler(config, capacity, find_eos(), executor.tier, on_admitted)
         return cls(executor, scheduler, capacity, clock)
 
     def add(self, request: EngineRequest) -> None:
@@ -103,6 +109,10 @@ class EngineCore:
         A request that is unknown, or has ended, is no fault.
         """
         return self._scheduler.abort(request_id, index)
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes, pinned ones too; return how many blocks they had."""
+        return self._scheduler.reset_prefix_cache()
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
@@ -127,6 +137,20 @@ class EngineCore:
     def close(self) -> None:
         """Free the model; idempotent."""
         self._executor.close()
+
+
+def log_prefix(report: PrefixReport) -> None:
+    """Say what the prefix cache did for a sequence, and why not more."""
+    block = report.num_cached_tokens // report.block_size
+    miss = f"block {block} missed: {report.miss}" if report.miss else "all that could be"
+    _log.debug(
+        "request %s, sequence %d: %d of %d tokens cached; %s",
+        report.request_id,
+        report.index,
+        report.num_cached_tokens,
+        report.num_tokens,
+        miss,
+    )
 
 
 def warm_up(executor: Executor) -> None:

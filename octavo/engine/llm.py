@@ -17,9 +17,11 @@ from octavo.engine.validation import complete_request
 from octavo.errors import ConfigError, EngineDeadError, InvalidRequestError
 from octavo.tokenizer.load import Tokenizer, load_tokenizer
 from octavo.types import (
+    OPEN_CACHE,
     BeamSearchOutput,
     BeamSearchParams,
     BeamSearchSequence,
+    CacheParams,
     Capacity,
     CompletionOutput,
     OutputDelta,
@@ -30,7 +32,8 @@ from octavo.types import (
 from octavo.weights import source
 
 Prompt = str | Mapping[str, Any]
-"""Text, {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, {"prompt": text} or {"prompt_token_ids": ids}; with "cache_salt" and "cache_pin_s" if need
+be: only prompts of equal salt share cached prefixes; a pinned one stays cached for so long."""
 
 Message = Mapping[str, Any]
 
@@ -90,7 +93,7 @@ class LLM:
         """Answer prompts; answers come in the prompts' order, one even for a single prompt.
 
         Args:
-            prompts: one or many: text, or {"prompt_token_ids": [...]}.
+            prompts: one or many: text, or {"prompt_token_ids": [...]}; see `Prompt`.
             sampling_params: one for all, or one each; the default samples 16 tokens at temperature
                 1.
             use_tqdm: show progress if standard error is a terminal.
@@ -104,7 +107,8 @@ class LLM:
             text, prompt_ids = self._encode(prompt)
             texts.append(text)
             ids.append(prompt_ids)
-        return self._run(texts, ids, sampling_params, use_tqdm)
+        caches = [_cache_params(prompt) for prompt in many]
+        return self._run(texts, ids, caches, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -130,7 +134,13 @@ class LLM:
         spans = [template.render(list(conversation)) for conversation in many]
         texts: list[str | None] = ["".join(span.text for span in one) for one in spans]
         ids = [self.tokenizer.encode_spans(one) for one in spans]
-        return self._run(texts, ids, sampling_params, use_tqdm)
+        return self._run(texts, ids, [OPEN_CACHE] * len(ids), sampling_params, use_tqdm)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, pinned ones too; True, as vLLM's has it: it cannot fail."""
+        self._check_open()
+        self._core.reset_prefix_cache()
+        return True
 
     def beam_search(
         self,
@@ -176,10 +186,12 @@ class LLM:
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self._encode_raw(prompt)
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or len(prompt) == 0:
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt", "cache_pin_s"}
+        if unknown or not {"prompt", "prompt_token_ids"}.intersection(prompt):
             raise InvalidRequestError(
-                'a prompt is text, {"prompt": text} or {"prompt_token_ids": ids}', param="prompt"
+                'a prompt is text, {"prompt": text} or {"prompt_token_ids": ids}, with '
+                '"cache_salt" and "cache_pin_s" if need be',
+                param="prompt",
             )
         text = prompt.get("prompt")
         ids = prompt.get("prompt_token_ids")
@@ -193,15 +205,15 @@ class LLM:
         self,
         texts: list[str | None],
         ids: list[list[int]],
+        caches: list[CacheParams],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if self._is_closed:
-            raise EngineDeadError("this LLM is closed; make a new one")
+        self._check_open()
         params = _per_prompt(sampling_params, len(ids))
         requests = [
-            complete_request(str(next(self._numbers)), prompt_ids, one, self.capacity)
-            for prompt_ids, one in zip(ids, params, strict=True)
+            complete_request(str(next(self._numbers)), prompt_ids, one, self.capacity, cache=cache)
+            for prompt_ids, one, cache in zip(ids, params, caches, strict=True)
         ]
         processor = OutputProcessor(self.tokenizer)
         answers: dict[str, RequestAnswer] = {}
@@ -220,6 +232,10 @@ class LLM:
         finally:
             finish()
         return [answer.finished() for answer in answers.values()]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineDeadError("this LLM is closed; make a new one")
 
     def _drain(
         self,
@@ -338,6 +354,18 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
         return msgspec.convert(values, EngineConfig).validate()
     except msgspec.ValidationError as error:
         raise ConfigError(f"an option of LLM is wrong: {error}") from None
+
+
+def _cache_params(prompt: Prompt) -> CacheParams:
+    """What a prompt asks of the prefix cache; `complete_request` checks it."""
+    if isinstance(prompt, str):
+        return OPEN_CACHE
+    salt, pin_s = prompt.get("cache_salt"), prompt.get("cache_pin_s")
+    if salt == "":
+        raise InvalidRequestError(
+            "cache_salt is empty; leave it out, or give None, to have none", param="cache_salt"
+        )
+    return CacheParams(salt="" if salt is None else salt, pin_s=0.0 if pin_s is None else pin_s)
 
 
 def _per_prompt(

@@ -21,6 +21,7 @@ import msgspec
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.debug_log import DEBUG_VARIABLE, write_debug_log
 from octavo.engine.transport import EngineChannel, TransportError
 from octavo.errors import OctavoError, RequestError
 from octavo.types import (
@@ -31,13 +32,14 @@ from octavo.types import (
     EngineReady,
     EngineStats,
     EngineUpdates,
+    PrefixCacheReset,
     RequestRejected,
+    ResetPrefixCache,
     StartEngine,
     ToEngine,
     TokenUpdate,
 )
 
-DEBUG_VARIABLE = "OCTAVO_DEBUG"
 PROGRESS_INTERVAL_S = 0.05
 
 
@@ -76,6 +78,9 @@ class EngineLoop:
                     )
             case AbortRequest():
                 self._core.abort(record.request_id, record.index)
+            case ResetPrefixCache():
+                num_blocks = self._core.reset_prefix_cache()
+                self._channel.send(PrefixCacheReset(record.number, num_blocks))
             case StartEngine():
                 raise TransportError("an engine is started once")
 
@@ -149,6 +154,7 @@ def _end_with_parent(fd: int) -> None:
 
 def main() -> int:
     """Run on the socket whose file descriptor is the first argument."""
+    write_debug_log()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     sock = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_end_with_parent, args=(sock.fileno(),), daemon=True).start()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from octavo.errors import ContextLengthError, InvalidRequestError
-from octavo.types import Capacity, EngineRequest, SamplingParams
+from octavo.types import OPEN_CACHE, CacheParams, Capacity, EngineRequest, SamplingParams
 
 MAX_N = 128
 MAX_BEAMS = 16
@@ -22,6 +22,8 @@ MAX_STOP_BYTES = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_COUNT = 2**31 - 1
+MAX_SALT_CHARACTERS = 256
+MAX_PIN_S = 3600.0
 
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
@@ -103,6 +105,7 @@ def complete_request(
     capacity: Capacity,
     *,
     priority: int = 0,
+    cache: CacheParams = OPEN_CACHE,
 ) -> EngineRequest:
     """The request as the engine takes it: checked, with max_tokens and seed set.
 
@@ -126,12 +129,27 @@ def complete_request(
     max_tokens = room if params.max_tokens is None else params.max_tokens
     seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed % 2**64
     _check_count("priority", priority, -MAX_COUNT, MAX_COUNT)
+    _check_cache(cache)
     return EngineRequest(
         request_id=request_id,
         prompt_ids=list(prompt_ids),
         params=msgspec.structs.replace(params, max_tokens=max_tokens, seed=seed),
         priority=priority,
+        cache=cache,
     )
+
+
+def _check_cache(cache: CacheParams) -> None:
+    try:
+        is_text = isinstance(cache.salt, str) and cache.salt.encode() is not None
+    except UnicodeEncodeError:  # half a surrogate pair, which no encoding can carry
+        is_text = False
+    if not is_text or len(cache.salt) > MAX_SALT_CHARACTERS:
+        raise InvalidRequestError(
+            f"cache_salt must be a text of 1 to {MAX_SALT_CHARACTERS} characters",
+            param="cache_salt",
+        )
+    _check_number("cache_pin_s", cache.pin_s, 0.0, MAX_PIN_S)
 
 
 def _check_count(name: str, value: object, low: int, high: int) -> None:

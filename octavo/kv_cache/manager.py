@@ -1,8 +1,9 @@
 """KVCacheManager: who holds which block, and which blocks hold a prefix that others can use.
 
-A block is always in one of three states:
+A block is always in one of four states:
 
     referenced     ref_count > 0: it stands in that many block tables
+    pinned-idle    ref_count = 0 and its hash is pinned: not free until its time is over
     cached-idle    ref_count = 0 and it has a hash: free, but its content can still be served
     free           ref_count = 0 and it has no hash
 
@@ -25,7 +26,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from octavo.kv_cache.block import Blocks
+from octavo.kv_cache.misses import MissMemory
+from octavo.kv_cache.pins import Pins
 from octavo.kv_cache.prefix import extend_chain, root_hash
+from octavo.types import MissReason
 
 
 class BlockTable:
@@ -37,16 +41,19 @@ class BlockTable:
             offered to the prefix cache.
         hashes: of the full blocks, as far as needed yet; kept by `free`, as the tokens are too.
         root: the hash before the first block.
+        generation: how often the prefix cache had been reset when the table got its first block;
+            what it computes after another reset is served to nobody.
     """
 
-    __slots__ = ("block_ids", "hashes", "num_committed_blocks", "root")
+    __slots__ = ("block_ids", "generation", "hashes", "num_committed_blocks", "root")
 
-    def __init__(self, root: bytes) -> None:
+    def __init__(self, root: bytes, generation: int) -> None:
         """Start empty."""
         self.block_ids: list[int] = []
         self.num_committed_blocks = 0
         self.hashes: list[bytes] = []
         self.root = root
+        self.generation = generation
 
 
 class PrefixMatch(NamedTuple):
@@ -62,6 +69,9 @@ class PrefixMatch(NamedTuple):
 
 NO_PREFIX = PrefixMatch()
 
+PINNED_PART = 2
+"""One block in so many may be pinned (docs/decisions/046-pinned-prefixes.md)."""
+
 
 class KVCacheManager:
     """Every block of one pool and the prefix cache over them.
@@ -74,8 +84,10 @@ class KVCacheManager:
             them in their chains; to be read before the new owners write.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, use_prefix_cache: bool = True) -> None:
-        """Start with every block free."""
+    def __init__(
+        self, num_blocks: int, block_size: int, use_prefix_cache: bool = True, identity: str = ""
+    ) -> None:
+        """Start with every block free; for `identity` see `types.KVPool`."""
         self.block_size = block_size
         self.use_prefix_cache = use_prefix_cache
         self.num_queried_tokens = 0
@@ -86,7 +98,11 @@ class KVCacheManager:
         self._blocks = Blocks(num_blocks)
         self._block_of: dict[bytes, int] = {}
         self._num_cached_idle = 0
+        self._identity = identity
         self._num_resets = 0
+        self._pins = Pins(num_blocks // PINNED_PART if use_prefix_cache else 0)
+        self._num_pinned_idle = 0
+        self._misses: MissMemory | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -101,16 +117,19 @@ class KVCacheManager:
     @property
     def num_referenced_blocks(self) -> int:
         """Blocks that stand in a block table."""
-        return len(self._blocks) - len(self._blocks.free)
+        return len(self._blocks) - len(self._blocks.free) - self._num_pinned_idle
 
     @property
     def num_cached_idle_blocks(self) -> int:
         """Free blocks whose content the prefix cache can still serve."""
         return self._num_cached_idle
 
-    def new_table(self, salt: str = "") -> BlockTable:
-        """An empty table; only tables of the same salt share blocks."""
-        return BlockTable(root_hash(f"{self._num_resets}\0{salt}"))
+    def new_table(self, salt: str = "", scope: str = "", adapter: int = 0) -> BlockTable:
+        """An empty table; only those of the same salt, scope and adapter share blocks."""
+        root = root_hash(self._identity, str(adapter), salt, scope)
+        if self._misses is not None:
+            self._misses.note_root(root)
+        return BlockTable(root, self._num_resets)
 
     def match_prefix(self, table: BlockTable, token_ids: array[int]) -> PrefixMatch:
         """Find the longest run of cached blocks that `token_ids` begins with.
@@ -151,12 +170,15 @@ class KVCacheManager:
         Returns:
             The ids appended (maybe none), or None: there is no room and nothing has changed.
         """
-        free, ref_count = self._blocks.free, self._blocks.ref_count
+        free, ref_count, hashes = self._blocks.free, self._blocks.ref_count, self._blocks.hash
+        pinned = self._pins.until
         num_held = len(table.block_ids) + len(prefix.block_ids)
         num_new = max(0, -(-num_tokens // self.block_size) - num_held)
-        num_revived = sum([ref_count[block_id] == 0 for block_id in prefix.block_ids])
+        num_revived = sum([ref_count[b] == 0 and hashes[b] not in pinned for b in prefix.block_ids])
         if num_new + num_revived + num_reserved_blocks > len(free):
             return None
+        if not table.block_ids:
+            table.generation = self._num_resets
         for block_id in prefix.block_ids:
             self._share(block_id)
         new_ids = (*prefix.block_ids, *[self._take() for _ in range(num_new)])
@@ -174,6 +196,11 @@ class KVCacheManager:
         child.block_ids = parent.block_ids[:]
         child.num_committed_blocks = parent.num_committed_blocks
         child.hashes = parent.hashes[:]
+        child.generation = parent.generation
+
+    def is_current(self, table: BlockTable) -> bool:
+        """Whether no reset came after the table got its first block."""
+        return table.generation == self._num_resets
 
     def num_sharers(self, table: BlockTable, index: int) -> int:
         """How many tables hold block `index` of this one: it may be written if there is but one."""
@@ -221,7 +248,7 @@ class KVCacheManager:
         swapped for that one; it is simply the first to be reused once it is free.
         """
         num_full = num_computed_tokens // self.block_size
-        if not self.use_prefix_cache:
+        if not self.use_prefix_cache or not self.is_current(table):
             table.num_committed_blocks = num_full
             return
         extend_chain(table.hashes, table.root, token_ids, self.block_size, num_full)
@@ -242,12 +269,16 @@ class KVCacheManager:
         Blocks without content go to the front.
         """
         ref_count, hashes, free = self._blocks.ref_count, self._blocks.hash, self._blocks.free
+        pinned = self._pins.until
         for block_id in reversed(table.block_ids):
             ref_count[block_id] -= 1
             if ref_count[block_id]:
                 continue
-            if hashes[block_id] is None:
+            prefix_hash = hashes[block_id]
+            if prefix_hash is None:
                 free.push_first(block_id)
+            elif prefix_hash in pinned:
+                self._num_pinned_idle += 1
             else:
                 free.push_last(block_id)
                 self._num_cached_idle += 1
@@ -259,14 +290,24 @@ class KVCacheManager:
         for block_id in table.block_ids:
             prefix_hash = self._blocks.hash[block_id]
             if prefix_hash is not None:
+                if prefix_hash in self._pins.until:
+                    self._pins.remove(prefix_hash)
                 self._blocks.hash[block_id] = None
                 del self._block_of[prefix_hash]
+                if self._misses is not None:
+                    self._misses.note_loss(prefix_hash, "discarded")
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached content. Sequences that run keep their blocks.
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached content, pinned or not, and return how many blocks of it there were.
 
-        What they commit later is out of reach too: a new table starts from another root.
+        Sequences that run keep their blocks. What they commit later is not served either: their
+        tables are of an older generation.
         """
+        num_forgotten = len(self._block_of)
+        if self._misses is not None:
+            self._misses.note_losses(self._block_of, num_forgotten, "reset")
+        self._release(list(self._pins.until))
+        self._pins.clear()
         idle = [b for b in self._blocks.free if self._blocks.hash[b] is not None]
         for block_id in idle:
             self._blocks.free.remove(block_id)
@@ -275,7 +316,125 @@ class KVCacheManager:
             self._blocks.hash[block_id] = None
         self._block_of.clear()
         self._num_cached_idle = 0
-        self._num_resets += 1  # Part of the root of every new table.
+        self._num_resets += 1
+        return num_forgotten
+
+    # ---- Pins ----------------------------------------------------------------------------------
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Blocks that stay cached for a time, whether a table holds them or not."""
+        return len(self._pins)
+
+    @property
+    def max_pinned_blocks(self) -> int:
+        """How many there may be."""
+        return self._pins.max_blocks
+
+    @property
+    def first_pin_end(self) -> float | None:
+        """When the first of them may be reused; None if none is pinned."""
+        return self._pins.first_end
+
+    def reserve_pin(self, table: BlockTable, token_ids: array[int]) -> tuple[bytes, ...] | None:
+        """Set room aside to pin the full blocks of a prompt.
+
+        Args:
+            table: the sequence's table, which keeps the hashes.
+            token_ids: the prompt.
+
+        Returns:
+            The names of the blocks, for `pin`, and for `cancel_pin`, which must follow; or None:
+            there is not enough room and nothing has changed.
+        """
+        num_full = len(token_ids) // self.block_size
+        extend_chain(table.hashes, table.root, token_ids, self.block_size, num_full)
+        names = tuple(table.hashes[:num_full])
+        return names if self._pins.reserve(names) else None
+
+    def pin(self, names: Sequence[bytes], end: float) -> None:
+        """Keep the cached blocks for which room is reserved until `end`.
+
+        Call it while a table holds them. A block that is not cached, because of a reset, is not
+        pinned, nor are those behind it.
+        """
+        for prefix_hash in names:
+            block_id = self._block_of.get(prefix_hash)
+            if block_id is None:
+                return
+            if self._pins.pin(prefix_hash, end) and self._blocks.ref_count[block_id] == 0:
+                self._blocks.free.remove(block_id)
+                self._num_cached_idle -= 1
+                self._num_pinned_idle += 1
+
+    def cancel_pin(self, names: Sequence[bytes]) -> None:
+        """Give back the room that `reserve_pin` set aside; what is pinned stays pinned."""
+        self._pins.unreserve(names)
+
+    def end_pins(self, now: float) -> None:
+        """Release the blocks whose time is over."""
+        self._release(self._pins.take_expired(now))
+
+    def drop_pins(self) -> bool:
+        """Release the blocks whose time would be over next; False if none is pinned.
+
+        What `match_prefix` has found stays found.
+        """
+        names = self._pins.take_first()
+        self._release(names)
+        return bool(names)
+
+    def _release(self, names: Iterable[bytes]) -> None:
+        """Let blocks that were pinned be reused, the first of them first."""
+        for prefix_hash in names:
+            block_id = self._block_of[prefix_hash]
+            if self._blocks.ref_count[block_id] == 0:
+                self._blocks.free.push_last(block_id)
+                self._num_pinned_idle -= 1
+                self._num_cached_idle += 1
+
+    # ---- Misses --------------------------------------------------------------------------------
+
+    def remember_misses(self) -> None:
+        """Keep from now on what `explain_miss` needs; call it before the first table is made."""
+        self._misses = MissMemory()
+
+    def explain_miss(
+        self,
+        table: BlockTable,
+        token_ids: array[int],
+        prefix: PrefixMatch,
+        tables: Iterable[BlockTable],
+    ) -> MissReason | None:
+        """Why a finding of `match_prefix` is not longer; None if it could not be.
+
+        Args:
+            table: as `match_prefix` had it.
+            token_ids: likewise.
+            prefix: what it found.
+            tables: those that hold blocks, and perhaps `table` itself.
+        """
+        assert self._misses is not None, "remember_misses() comes first"
+        if not self.use_prefix_cache:
+            return "cache off"
+        most = (len(token_ids) - 1) // self.block_size
+        at = len(prefix.block_ids)
+        if at == most:
+            return "shorter than a block" if most == 0 else None
+        name = table.hashes[at]
+        for other in tables:
+            if other is table or not self.is_current(other):
+                continue
+            if len(other.hashes) > at and other.hashes[at] == name:
+                return "being computed"
+        if (loss := self._misses.loss(name)) is not None:
+            return loss
+        is_elsewhere = self._misses.is_under_another_root(
+            table.root, token_ids, self.block_size, at + 1, self._block_of
+        )
+        return "other salt or scope" if is_elsewhere else "never seen"
+
+    # ---- Invariants and small things -----------------------------------------------------------
 
     def check_invariants(self, tables: Iterable[BlockTable]) -> None:
         """Assert all that must hold between calls; looks at every block, so it is for tests.
@@ -287,9 +446,15 @@ class KVCacheManager:
         references = Counter(block_id for table in tables for block_id in table.block_ids)
         free = list(blocks.free)
         cached_idle = [b for b in free if blocks.hash[b] is not None]
+        pinned = {self._block_of[prefix_hash] for prefix_hash in self._pins.until}
+        pinned_idle = pinned.difference(references)
+        assert len(pinned) == len(self._pins) <= self.max_pinned_blocks
+        assert len(pinned_idle) == self._num_pinned_idle
+        assert pinned.isdisjoint(free), "a pinned block is free"
         assert len(free) == len(blocks.free) == len(set(free)), "the free list is torn"
         assert set(free).isdisjoint(references), "a block is both free and referenced"
-        assert len(free) + len(references) == len(blocks), "a block is lost"
+        num_known = len(free) + len(references) + len(pinned_idle)
+        assert num_known == len(blocks), "a block is lost"
         assert len(cached_idle) == self._num_cached_idle
         for block_id in range(len(blocks)):
             assert blocks.ref_count[block_id] == references[block_id], "a reference is miscounted"
@@ -299,8 +464,11 @@ class KVCacheManager:
     def _share(self, block_id: int) -> None:
         """Add a reference to a cached block."""
         if self._blocks.ref_count[block_id] == 0:
-            self._blocks.free.remove(block_id)
-            self._num_cached_idle -= 1
+            if self._blocks.hash[block_id] in self._pins.until:
+                self._num_pinned_idle -= 1
+            else:
+                self._blocks.free.remove(block_id)
+                self._num_cached_idle -= 1
         self._blocks.ref_count[block_id] += 1
 
     def _take(self) -> int:
@@ -313,6 +481,8 @@ class KVCacheManager:
             del self._block_of[prefix_hash]
             self._blocks.hash[block_id] = None
             self._num_cached_idle -= 1
+            if self._misses is not None:
+                self._misses.note_loss(prefix_hash, "evicted")
         self._blocks.ref_count[block_id] = 1
         return block_id
 

@@ -1,10 +1,12 @@
 """Names for prefixes: a chain of hashes, one for each full block of tokens.
 
-    root = H(salt)    hash of block i = H(hash of block i - 1, its tokens)
+    root = H(what else the content depends on, who may share it)
+    hash of block i = H(hash of block i - 1, its tokens)
 
 So equal hashes mean equal tokens from the very first one on, and a shared block is found by one
 name. H is SHA-256: nobody can craft a prompt that hits another user's blocks, and it costs 0.4 µs
-a block of 16 tokens, no more than Python's hash of a tuple (docs/decisions/041-prefix-hash.md).
+a block of 16 tokens, no more than Python's hash of a tuple (docs/decisions/041-prefix-hash.md). A
+name is the same in every process, so that blocks can be kept outside of one.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from array import array
 from hashlib import sha256
 
 
-def root_hash(salt: str) -> bytes:
-    """The hash before the first block: prefixes under different salts never meet.
+def root_hash(*parts: str) -> bytes:
+    """The hash before the first block: prefixes under different parts never meet.
 
-    The salt stands for all that changes K and V beside the tokens, or that must not be shared:
-    an adapter, a tenant's own salt.
+    Each part is hashed with its length, so that no two lists of parts look alike.
     """
-    return sha256(b"octavo prefix\0" + salt.encode()).digest()
+    digest = sha256(b"octavo prefix 1")
+    for part in parts:
+        text = part.encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.digest()
 
 
 def extend_chain(

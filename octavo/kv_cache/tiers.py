@@ -92,12 +92,12 @@ class TierMoves:
         if self._lower is not None:
             self._lower.discard(table.hashes)
 
-    def clear(self) -> None:
-        """Forget all prefixes, wherever they lie."""
-        self._cache.reset_prefix_cache()
+    def clear(self) -> int:
+        """Forget all prefixes, wherever they lie; return how many blocks the pool had of them."""
         self._cache.stores.clear()
         if self._lower is not None:
             self._lower.clear()
+        return self._cache.reset_prefix_cache()
 
     def stats(self) -> TierStats:
         """A snapshot of the tier; zeros without one."""

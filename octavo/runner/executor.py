@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
-from octavo import __version__
 from octavo.config import EngineConfig
 from octavo.runner.block_store import DiskBlockStore
 from octavo.runner.disk_tier import DiskTier
@@ -56,7 +55,7 @@ class InProcessExecutor:
         self._close = program.close
         if config.kv_disk is not None:
             store = DiskBlockStore(
-                Path(config.kv_disk), _cache_key(config), program.block_bytes(),
+                Path(config.kv_disk), loaded.cache_identity.encode(), program.block_bytes(),
                 config.kv_disk_bytes,
             )  # fmt: skip
             self.tier = DiskTier(program, store, config.block_size, config.max_num_batched_tokens)
@@ -77,6 +76,7 @@ class InProcessExecutor:
                 num_blocks=loaded.num_blocks,
                 block_size=config.block_size,
                 num_bytes=loaded.num_blocks * program.block_bytes(),
+                identity=loaded.cache_identity,
             ),
             weights_bytes=program.weights_bytes,
             vocab_size=loaded.vocab_size,
@@ -101,15 +101,6 @@ class InProcessExecutor:
             tier.close()
         close, self._close = self._close, _nothing
         close()
-
-
-def _cache_key(config: EngineConfig) -> bytes:
-    """All that the bytes of a KV block depend on beside tokens; a file that was touched is new."""
-    path = Path(config.model)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    form = config.backend, config.quantization, config.kv_dtype, config.block_size
-    return repr((__version__, form, stats)).encode()
 
 
 def _nothing() -> None:

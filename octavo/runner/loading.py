@@ -9,12 +9,14 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo import __version__
 from octavo.backends.program import CompileOptions, Program, Progress
 from octavo.config import EngineConfig, Quantization
 from octavo.errors import ConfigError, ModelFileError
@@ -59,6 +61,7 @@ class LoadedModel:
         max_model_len: the most tokens of a sequence: what was asked, or the model's own cut to the
             cache.
         num_blocks: blocks of the cache.
+        cache_identity: as in `types.KVPool`.
     """
 
     program: Program
@@ -67,6 +70,7 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     num_blocks: int
+    cache_identity: str
 
 
 def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
@@ -97,6 +101,7 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
             options,
             progress=lambda fraction: progress("weights", fraction),
         )
+        cache_identity = name_cache(files.digest(), config)  # The files are in memory by now.
     finally:
         files.close()
     progress("cache", 0.0)
@@ -110,7 +115,25 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
         vocab_size=model.config.vocab_size,
         max_model_len=min(max_model_len, num_blocks * config.block_size),
         num_blocks=num_blocks,
+        cache_identity=cache_identity,
     )
+
+
+def name_cache(weights_digest: str, config: EngineConfig) -> str:
+    """A name for all that the bytes of a KV block depend on beside tokens (see `types.KVPool`).
+
+    Octavo's version is part of it, since a kernel may sum in another order in the next one. What
+    changes no bit is not: threads, instruction set, limits of a step.
+    """
+    parts = (
+        __version__,
+        weights_digest,
+        config.backend,
+        str(config.quantization),
+        config.kv_dtype,
+        str(config.block_size),
+    )
+    return sha256("\0".join(parts).encode()).hexdigest()
 
 
 def declare(files: ModelFiles) -> registry.Model:

@@ -54,7 +54,7 @@ class Groups:
         """The longest prefix that the cache, or a running sibling, can share with a sequence."""
         prefix = self._cache.match_prefix(seq.table, seq.token_ids)
         for other in seq.request.sequences if seq.request.is_group else ():
-            if other.status is not Status.RUNNING:
+            if other.status is not Status.RUNNING or not self._cache.is_current(other.table):
                 continue
             count = self._num_common_blocks(seq, other)
             num_tokens = count * self._cache.block_size
@@ -120,6 +120,8 @@ class Groups:
         elif self._has_room():
             self._cache.fork(parent.table, spare.table)
             self._run(spare, parent)
+        else:
+            spare.table.hashes = parent.table.hashes[:]  # Those it had were of other tokens.
         return spare
 
     def _num_common_blocks(self, seq: Sequence, other: Sequence) -> int:

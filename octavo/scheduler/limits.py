@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from octavo.errors import ContextLengthError, InvalidRequestError
+from octavo.errors import ContextLengthError, InvalidRequestError, OverloadedError
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.scheduler.request import Sequence
 from octavo.types import Capacity, EngineRequest
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -94,3 +96,41 @@ class RequestLimits:
                 "more memory",
                 param="max_tokens",
             )
+
+
+def reserve_pin(cache: KVCacheManager, seq: Sequence, now: float) -> tuple[bytes, ...]:
+    """Set room aside to pin the prompt of a new sequence, or raise and change nothing.
+
+    Returns:
+        The names of its blocks.
+
+    Raises:
+        InvalidRequestError: nothing is cached, or the prompt is longer than all that may be pinned.
+        OverloadedError: other prompts are pinned; some may have ended when the client comes back.
+    """
+    if not cache.use_prefix_cache:
+        raise InvalidRequestError(
+            "there is no prefix cache to keep the prompt in: leave cache_pin_s out or start the "
+            "server without --no-prefix-cache",
+            param="cache_pin_s",
+        )
+    num_blocks = len(seq.token_ids) // cache.block_size
+    if num_blocks > cache.max_pinned_blocks:
+        raise InvalidRequestError(
+            f"the prompt fills {num_blocks} KV blocks, and at most {cache.max_pinned_blocks} of "
+            f"{cache.num_blocks} may be pinned: leave cache_pin_s out, shorten the prompt or give "
+            "the server more memory",
+            param="cache_pin_s",
+        )
+    cache.end_pins(now)
+    names = cache.reserve_pin(seq.table, seq.token_ids)
+    if names is None:
+        end = cache.first_pin_end
+        raise OverloadedError(
+            f"the prompt fills {num_blocks} KV blocks, and of the {cache.max_pinned_blocks} that "
+            f"may be pinned {cache.num_pinned_blocks} are, or are asked for by requests that have "
+            "not ended: try again later or leave cache_pin_s out",
+            retry_after_s=1.0 if end is None else max(1.0, end - now),
+            code="cache_pins_full",
+        )
+    return names

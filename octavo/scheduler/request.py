@@ -46,6 +46,8 @@ class Request:
         num_unfinished: sequences that have not ended.
         is_started: a sequence of it has run.
         num_cached_tokens: prompt tokens that the prefix cache served when it started.
+        pin_names: of the prompt's blocks that are to stay cached; room is reserved until the end.
+        pin_s: for how long.
     """
 
     request_id: str
@@ -59,6 +61,8 @@ class Request:
     num_unfinished: int = 0
     is_started: bool = False
     num_cached_tokens: int = 0
+    pin_names: tuple[bytes, ...] = ()
+    pin_s: float = 0.0
 
     @property
     def is_group(self) -> bool:

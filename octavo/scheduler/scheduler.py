@@ -12,8 +12,8 @@ samples the next one. Chunked prefill, prefix caching and preemption follow from
 
 A waiting sequence is admitted with blocks for all its known tokens, and only if one block for each
 running one stays free: so prompts never preempt each other, and newcomers seldom cause preemption.
-The first running one in rank is preempted by nobody and fits into the pool alone: it always
-progresses, hence all do.
+The first running one in rank is preempted by nobody and fits into the pool alone, where pinned
+prefixes make way for it: it always progresses, hence all do.
 
 The sequences of a request are a group: one of them computes the prompt, the others are forked from
 it and share its blocks. A group is preempted together, and held but for one sequence, so that it
@@ -23,17 +23,18 @@ comes back as it began. Knows ids only: no text, no tensors, no clock.
 from __future__ import annotations
 
 from array import array
-
-import msgspec
+from collections.abc import Callable
 
 from octavo.config import EngineConfig
-from octavo.errors import InvalidRequestError, OverloadedError
+from octavo.errors import InvalidRequestError
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.tiers import LowerTier, TierMoves
-from octavo.scheduler.beams import BeamSearch, Hypothesis
+from octavo.scheduler.beams import BeamSearch
 from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
-from octavo.scheduler.limits import RequestLimits
+from octavo.scheduler.limits import RequestLimits, reserve_pin
+from octavo.scheduler.messages import beam_update, new_sequence
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
+from octavo.scheduler.reports import prefix_report
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
 from octavo.scheduler.supply import BlockSupply, Step
@@ -45,7 +46,7 @@ from octavo.types import (
     EngineStats,
     FinishReason,
     ModelOutput,
-    NewSequence,
+    PrefixReport,
     SampledTokens,
     ScheduledSequence,
     SchedulerOutput,
@@ -66,6 +67,7 @@ class Scheduler:
         capacity: Capacity,
         eos_token_ids: frozenset[int],
         lower: LowerTier | None = None,
+        on_admitted: Callable[[PrefixReport], None] | None = None,
     ) -> None:
         """Start without requests.
 
@@ -74,6 +76,8 @@ class Scheduler:
             capacity: gives the KV pool and max_model_len.
             eos_token_ids: tokens that end a sequence unless its request ignores them.
             lower: where blocks go that leave the pool.
+            on_admitted: is told what the prefix cache did for each admitted sequence, and why not
+                more. That takes memory and time; None: neither.
         """
         self._config = config
         pool = capacity.kv_pool
@@ -82,8 +86,13 @@ class Scheduler:
         num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._limits = RequestLimits(capacity, num_rows)
         self._eos_token_ids = eos_token_ids
-        self._cache = KVCacheManager(pool.num_blocks, pool.block_size, config.use_prefix_cache)
+        self._cache = KVCacheManager(
+            pool.num_blocks, pool.block_size, config.use_prefix_cache, pool.identity
+        )
         self._tiers = TierMoves(self._cache, lower)
+        self._on_admitted = on_admitted
+        if on_admitted is not None:
+            self._cache.remember_misses()
         self._requests: dict[str, Request] = {}
         self._waiting = RankedList()
         self._shares = PromptShares()
@@ -93,6 +102,7 @@ class Scheduler:
         self._supply = BlockSupply(self._cache, self._rows, self._groups, self._waiting, self._wait)
         self._in_flight: Step | None = None
         self._aborted_in_flight: list[Sequence] = []
+        self._now = 0.0
         self._num_arrivals = 0
         self._num_unstarted_requests = 0
         self._num_alive_sequences = 0
@@ -105,9 +115,11 @@ class Scheduler:
         """Accept a request, or raise and change nothing.
 
         Raises:
-            InvalidRequestError: the id is in use, the prompt is empty, or a number makes no sense.
+            InvalidRequestError: the id is in use, the prompt is empty, a number makes no sense, or
+                the prompt is too long to be pinned.
             ContextLengthError: it could never fit, with the numbers.
-            OverloadedError: the waiting queue is full; says when to come back.
+            OverloadedError: the waiting queue is full, or too much is pinned; says when to come
+                back.
         """
         self._limits.check(request)
         self._check_queue(request, now)
@@ -122,6 +134,9 @@ class Scheduler:
             num_unfinished=params.num_sequences,
         )
         record.sequences = self._make_sequences(record, request)
+        if request.cache.pin_s:
+            record.pin_names = reserve_pin(self._cache, record.sequences[0], now)
+            record.pin_s = request.cache.pin_s
         if params.use_beam_search:
             max_num_output_tokens = record.sequences[0].max_num_tokens - record.num_prompt_tokens
             record.search = BeamSearch(params, record.stop_ids, max_num_output_tokens)
@@ -154,9 +169,9 @@ class Scheduler:
         """Whether a request is alive, so that `schedule` will plan something."""
         return bool(self._requests)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
-        self._tiers.clear()
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes, pinned ones too; return how many blocks they had."""
+        return self._tiers.clear()
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
@@ -165,6 +180,7 @@ class Scheduler:
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
             num_blocks_cached=self._cache.num_cached_idle_blocks,
+            num_blocks_pinned=self._cache.num_pinned_blocks,
             num_queries=self._cache.num_queried_tokens,
             num_hits=self._cache.num_hit_tokens,
             lower=self._tiers.stats(),
@@ -202,6 +218,8 @@ class Scheduler:
             now: seconds on any clock that only goes forward.
         """
         assert self._in_flight is None, "the last step has not returned"
+        self._now = now
+        self._cache.end_pins(now)
         step = self._plan(now)
         while not step.scheduled and self._rows.running:
             # Beams that wait for one another hold blocks which others of them, or of another
@@ -337,7 +355,7 @@ class Scheduler:
         for seq in self._groups.fork_samples(leader):
             num_tokens = len(seq.token_ids)
             block_ids = tuple(seq.table.block_ids)
-            step.new_sequences.append(_new_sequence(seq))
+            step.new_sequences.append(new_sequence(seq))
             step.scheduled.append(ScheduledSequence(seq.row, num_tokens, 0, block_ids, True))
 
     def _admit(self, seq: Sequence, step: Step) -> bool:
@@ -349,17 +367,21 @@ class Scheduler:
         if not step.may_admit:
             return False
         prefix = self._groups.find_prefix(seq)
-        others = [one for one in self._rows.running if one.request is not seq.request]
-        num_reserved = RESERVED_BLOCKS * len(others)
-        new_blocks = self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
-        if new_blocks is None:
-            step.may_admit = False
-            return False
-        self._waiting.remove(seq)
+        running = self._rows.running
+        num_reserved = RESERVED_BLOCKS * sum([one.request is not seq.request for one in running])
+        while (
+            new_blocks := self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
+        ) is None:
+            if running or not self._cache.drop_pins():  # No pin keeps all from running.
+                step.may_admit = False
+                return False
         num_cached = self._tiers.load(seq.table, seq.token_ids, prefix.num_tokens)
+        if self._on_admitted is not None:
+            self._on_admitted(prefix_report(self._cache, seq, num_cached, running))
+        self._waiting.remove(seq)
         self._start(seq, num_cached, step.now)
         step.admitted_blocks[seq] = new_blocks
-        step.new_sequences.append(_new_sequence(seq))
+        step.new_sequences.append(new_sequence(seq))
         return True
 
     def _start(self, seq: Sequence, num_cached: int, now: float) -> None:
@@ -398,6 +420,8 @@ class Scheduler:
         finish_reason = seq.append(token_id)
         self._num_generation_tokens += 1
         is_first = seq.num_output_tokens == 1
+        if is_first and request.pin_names:
+            self._cache.pin(request.pin_names, self._now + request.pin_s)
         if request.is_group:
             self._release(request)
         if finish_reason is not None:
@@ -423,6 +447,8 @@ class Scheduler:
                 self._tiers.discard(one.table)
             return self._end_all(request, "error")
         self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
+        if seq.num_output_tokens == 0 and request.pin_names:
+            self._cache.pin(request.pin_names, self._now + request.pin_s)
         self._num_generation_tokens += 1
         (seq.beam.next,) = sampled.logprobs
         self._release(request)
@@ -436,7 +462,7 @@ class Scheduler:
             return []
         self._end_all(request, "stop")
         best = search.finished[: request.params.n]
-        return [_beam_update(request, place, one) for place, one in enumerate(best)]
+        return [beam_update(request, place, one) for place, one in enumerate(best)]
 
     def _end_all(self, request: Request, finish_reason: FinishReason) -> list[TokenUpdate]:
         """Finish every sequence of a request; return an update for each that the user sees."""
@@ -464,6 +490,7 @@ class Scheduler:
         self._num_alive_sequences -= 1
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
+            self._cache.cancel_pin(request.pin_names)
             del self._requests[request.request_id]
             self._num_unstarted_requests -= not request.is_started
 
@@ -475,15 +502,8 @@ class Scheduler:
             raise InvalidRequestError(
                 f"a request with the id {request.request_id!r} is running", param="request_id"
             )
-        if self._num_unstarted_requests >= self._config.max_num_waiting:
-            retry_after_s = self._drain_rate.seconds_until_drained(
-                self._num_unstarted_requests, now
-            )
-            raise OverloadedError(
-                f"{self._num_unstarted_requests} requests are waiting, no more are accepted: "
-                f"try again in {retry_after_s:.0f} s",
-                retry_after_s=retry_after_s,
-            )
+        most = self._config.max_num_waiting
+        self._drain_rate.refuse_if_full(self._num_unstarted_requests, most, now)
 
     def _make_sequences(self, record: Request, request: EngineRequest) -> list[Sequence]:
         """The sequences of a new request, all of them held."""
@@ -496,7 +516,7 @@ class Scheduler:
                 rank=(*rank, index),
                 token_ids=prompt[:],
                 max_num_tokens=self._limits.max_num_tokens(request),
-                table=self._cache.new_table(),
+                table=self._cache.new_table(request.cache.salt, request.cache.scope),
                 status=Status.HELD,
             )
             for index in range(request.params.num_sequences)
@@ -513,34 +533,3 @@ class Scheduler:
         seq.num_expected_tokens = len(seq.token_ids) - prefix.num_tokens
         seq.status = Status.WAITING
         self._waiting.add(seq)
-
-
-def _new_sequence(seq: Sequence) -> NewSequence:
-    """What the runner has to know of a sequence that gets a row."""
-    params, search = seq.request.params, seq.request.search
-    if search is not None:
-        params = msgspec.structs.replace(params, temperature=0.0, logprobs=search.num_candidates)
-    elif params.num_sequences > params.n:  # They are compared by their log probabilities.
-        params = msgspec.structs.replace(params, logprobs=params.logprobs or 0)
-    return NewSequence(
-        row=seq.row,
-        index=seq.index,
-        token_ids=seq.token_ids.tolist(),
-        num_prompt_tokens=seq.request.num_prompt_tokens,
-        params=params,
-    )
-
-
-def _beam_update(request: Request, index: int, beam: Hypothesis) -> TokenUpdate:
-    """The whole of a beam that is returned."""
-    last = beam.token_ids[-1]
-    is_users_stop = beam.finish_reason == "stop" and last not in request.eos_ids
-    return TokenUpdate(
-        request.request_id,
-        index,
-        beam.token_ids,
-        beam.logprobs,
-        beam.finish_reason,
-        last if is_users_stop else None,
-        request.num_cached_tokens,
-    )

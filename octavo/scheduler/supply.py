@@ -92,12 +92,16 @@ class BlockSupply:
     def preempt_last(self, step: Step) -> None:
         """Take rows and blocks from the last running group; it waits with the tokens it has.
 
+        If it runs alone, pins make way first.
+
         All of it but one sequence is held until that one has computed what they share. If samples
         of one request are all that runs, only the last of them goes.
         """
         step.may_admit = False
         running = self._rows.running
         request = running[-1].request
+        if running[0].request is request and self._cache.drop_pins():
+            return  # It runs alone, and has more room now.
         group = [seq for seq in running if seq.request is request]
         if len(group) == len(running) and request.search is None:
             group = group[-1:]

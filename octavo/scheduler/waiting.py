@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 
+from octavo.errors import OverloadedError
 from octavo.scheduler.policy import by_rank
 from octavo.scheduler.request import Sequence
 
@@ -58,3 +59,14 @@ class DrainRate:
             return 1.0
         seconds_a_start = (now - self._starts[0]) / len(self._starts)
         return min(60.0, max(1.0, num_waiting * seconds_a_start))
+
+    def refuse_if_full(self, num_waiting: int, most: int, now: float) -> None:
+        """Raise an OverloadedError that says when to come back, if `most` are waiting already."""
+        if num_waiting < most:
+            return
+        retry_after_s = self.seconds_until_drained(num_waiting, now)
+        raise OverloadedError(
+            f"{num_waiting} requests are waiting, no more are accepted: "
+            f"try again in {retry_after_s:.0f} s",
+            retry_after_s=retry_after_s,
+        )

@@ -172,6 +172,13 @@ class DetokenizeAnswer(msgspec.Struct, frozen=True):
     prompt: str
 
 
+class PrefixCacheReset(msgspec.Struct, frozen=True):
+    """The answer of /reset_prefix_cache."""
+
+    num_blocks: int
+    """Blocks whose content was forgotten."""
+
+
 class ErrorDetail(msgspec.Struct, frozen=True):
     """What went wrong."""
 

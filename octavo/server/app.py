@@ -1,19 +1,20 @@
-"""The ASGI application: finds the route, asks for the key, gives every failure OpenAI's shape."""
+"""The ASGI applications: ask who is there, find the route, give every failure OpenAI's shape."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from octavo.errors import RequestError
+from octavo.server.admin import refuse_browsers
 from octavo.server.auth import KeyRing
 from octavo.server.http import ClientGoneError, Exchange, HttpError, Receive, Send
 from octavo.server.openapi import describe
 from octavo.server.options import ServerOptions
 from octavo.server.ports import Engine, Tokenizer
-from octavo.server.routes import ROUTES, Handler, Route
+from octavo.server.routes import ADMIN_ROUTES, ROUTES, Handler, Route
 from octavo.server.service import Service
 
 _log = logging.getLogger("octavo.server")
@@ -29,22 +30,34 @@ def create_app(
         tokenizer_getter: gives None until the tokenizer is loaded.
         options: names, keys and limits.
     """
-    return App(Service(engine, tokenizer_getter, options))
+    keys = KeyRing(options.api_keys)
+
+    def ask_for_key(exchange: Exchange) -> None:
+        exchange.key_name = keys.check(exchange.path, exchange.headers)
+
+    return App(Service(engine, tokenizer_getter, options), ROUTES, ask_for_key)
+
+
+def create_admin_app(service: Service) -> App:
+    """The application of the admin socket: who may open the socket may use it; no browser may."""
+    return App(service, ADMIN_ROUTES, refuse_browsers)
 
 
 class App:
-    """The application of one service.
+    """An application of one service.
 
     Attributes:
         service: what the handlers share.
         routes: the table, with /openapi.json added.
     """
 
-    def __init__(self, service: Service) -> None:
-        """Index the routes."""
+    def __init__(
+        self, service: Service, routes: Sequence[Route], guard: Callable[[Exchange], None]
+    ) -> None:
+        """Index the routes; `guard` raises a RequestError for a request that is not welcome."""
         self.service = service
-        self.routes = (*ROUTES, Route("GET", "/openapi.json", self._openapi, "This description"))
-        self._keys = KeyRing(service.options.api_keys)
+        self.routes = (*routes, Route("GET", "/openapi.json", self._openapi, "This description"))
+        self._guard = guard
         self._exact: dict[str, dict[str, Route]] = {}
         self._prefixes: list[tuple[str, str, dict[str, Route]]] = []
         for route in self.routes:
@@ -73,7 +86,7 @@ class App:
 
     async def _answer(self, exchange: Exchange) -> None:
         try:
-            self._keys.check(exchange.path, exchange.headers)
+            self._guard(exchange)
             handler = self._find(exchange)
             await handler(self.service, exchange)
         except RequestError as error:

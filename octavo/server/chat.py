@@ -50,7 +50,13 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         ids = await service.prompts.encode_chat(prompt, tokenizer, capacity)
         answer_id = new_answer_id("chatcmpl", shared.request_id)
         return Generation(
-            service, exchange, [ids], params, answer_id=answer_id, priority=shared.priority
+            service,
+            exchange,
+            [ids],
+            params,
+            answer_id=answer_id,
+            priority=shared.priority,
+            cache=service.cache_params(exchange, shared),
         )
 
     writer = _Writer(

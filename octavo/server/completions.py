@@ -54,7 +54,13 @@ async def completions(service: Service, exchange: Exchange) -> None:
             fitting = msgspec.structs.replace(params, max_tokens=room)
         answer_id = new_answer_id("cmpl", shared.request_id)
         return Generation(
-            service, exchange, ids, fitting, answer_id=answer_id, priority=shared.priority
+            service,
+            exchange,
+            ids,
+            fitting,
+            answer_id=answer_id,
+            priority=shared.priority,
+            cache=service.cache_params(exchange, shared),
         )
 
     async def encode(prompt: str | list[int]) -> list[int]:

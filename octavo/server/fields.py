@@ -32,7 +32,7 @@ HARMLESS = (
     HarmlessField(
         "prompt_cache_key", "routes to a cache; the prefix cache finds prefixes by itself"
     ),
-    HarmlessField("prompt_cache_retention", "the prefix cache keeps what fits"),
+    HarmlessField("prompt_cache_retention", "the prefix cache keeps what fits; see cache_pin_s"),
     HarmlessField("service_tier", "there is one tier"),
     HarmlessField("parallel_tool_calls", "without tools there are no calls"),
     HarmlessField("prediction", "a hint that could only save time"),
@@ -76,7 +76,6 @@ UNSUPPORTED = (
     UnsupportedField("add_special_tokens", "a chat template writes them itself", (False,)),
     UnsupportedField("chat_template", "the model's own template is used"),
     UnsupportedField("documents", "put documents into the messages", ([],)),
-    UnsupportedField("cache_salt", "the prefix cache has one scope"),
     UnsupportedField("kv_transfer_params", "one engine computes a whole request"),
     UnsupportedField("vllm_xargs", "no extra arguments are known"),
     UnsupportedField("timeout", "close the connection to end a request"),

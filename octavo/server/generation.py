@@ -13,7 +13,7 @@ from octavo.errors import RequestError
 from octavo.server.answers import PromptTokensDetails, Usage
 from octavo.server.http import Exchange
 from octavo.server.service import Service
-from octavo.types import FinishReason, OutputDelta, SamplingParams, TokenLogprob
+from octavo.types import CacheParams, FinishReason, OutputDelta, SamplingParams, TokenLogprob
 
 
 class Choice:
@@ -51,6 +51,7 @@ class Generation:
         *,
         answer_id: str,
         priority: int,
+        cache: CacheParams,
     ) -> None:
         """Nothing runs before `deltas` is iterated."""
         self.id = answer_id
@@ -61,6 +62,7 @@ class Generation:
         self._prompts = prompts
         self._params = params
         self._priority = priority
+        self._cache = cache
         self._cached = [0] * len(prompts)
 
     def usage(self) -> Usage:
@@ -100,8 +102,9 @@ class Generation:
         answer = self._service.engine.generate(
             self._prompts[number],
             self._params,
-            request_id=self._service.new_engine_id(),
+            request_id=self._service.new_engine_id(self._exchange.request_id),
             priority=self._priority,
+            cache=self._cache,
         )
         async with aclosing(cast("AsyncGenerator[OutputDelta]", answer)) as deltas:
             async for delta in deltas:

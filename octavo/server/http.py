@@ -61,6 +61,7 @@ class Exchange:
         arrived: `time.monotonic()` when the headers were complete.
         status: of the answer, 0 before it began.
         endpoint: the label that metrics use; the app sets it.
+        key_name: of the API key that it came with, empty without; the app sets it.
     """
 
     __slots__ = (
@@ -69,6 +70,7 @@ class Exchange:
         "arrived",
         "endpoint",
         "headers",
+        "key_name",
         "method",
         "path",
         "path_params",
@@ -90,6 +92,7 @@ class Exchange:
         self.request_id = given.decode() if valid else "req-" + secrets.token_hex(12)
         self.status = 0
         self.endpoint = "other"
+        self.key_name = ""
 
     async def read_body(self) -> bytes:
         """The whole body; the connection bounds its size and pace.

@@ -19,8 +19,8 @@ from uvicorn.server import ServerState
 
 from octavo.engine.async_engine import AsyncEngine
 from octavo.errors import ConfigError, EngineDeadError
-from octavo.server.app import create_app
-from octavo.server.connection import protocol_factory
+from octavo.server.app import App, create_admin_app, create_app
+from octavo.server.connection import Connection, protocol_factory
 from octavo.server.options import ServerOptions
 from octavo.tokenizer.tokenizer import Tokenizer
 from octavo.types import Capacity
@@ -40,6 +40,7 @@ async def serve(
     *,
     load_tokenizer: Callable[[], Tokenizer],
     on_ready: Callable[[Capacity], None],
+    admin_listener: socket.socket | None = None,
 ) -> None:
     """Serve until a signal has come and the requests are drained.
 
@@ -49,6 +50,7 @@ async def serve(
         listener: bound and listening.
         load_tokenizer: called in a thread.
         on_ready: called once requests are welcome.
+        admin_listener: a Unix socket for the admin routes, bound and listening.
 
     Raises:
         ConfigError: the model can't be loaded.
@@ -56,7 +58,7 @@ async def serve(
     """
     server = HttpServer(options, engine)
     try:
-        await server.open(listener)
+        await server.open(listener, admin_listener)
         loading = asyncio.create_task(server.load(load_tokenizer))
         await server.wait_for(loading)
         if not server.is_stopping:
@@ -87,23 +89,20 @@ class HttpServer:
         self._engine = engine
         self._app = create_app(engine, lambda: engine.tokenizer, options)
         self._state = ServerState()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._clock: asyncio.TimerHandle | None = None
 
-    async def open(self, listener: socket.socket) -> None:
+    async def open(self, listener: socket.socket, admin_listener: socket.socket | None) -> None:
         """Answer requests, and listen to signals."""
         loop = asyncio.get_running_loop()
         # Its warning "socket.send() raised exception" is only a client that left.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        metrics = self._app.service.metrics
-        factory = protocol_factory(
-            self._app,
-            self._options.limits,
-            self._state,
-            lambda status: metrics.count("octavo_http_refused_total", str(status)),
-        )
         self._tick()
-        self._server = await loop.create_server(factory, sock=listener, backlog=_BACKLOG)
+        public = self._protocol_factory(self._app)
+        self._servers.append(await loop.create_server(public, sock=listener, backlog=_BACKLOG))
+        if admin_listener is not None:
+            admin = self._protocol_factory(create_admin_app(self._app.service))
+            self._servers.append(await loop.create_unix_server(admin, sock=admin_listener))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
 
@@ -158,14 +157,23 @@ class HttpServer:
 
     async def close(self) -> None:
         """Close the port and every connection."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for connection in list(self._state.connections):
             connection.transport.abort()  # what is still being answered ends as if its client left
         await self._wait_idle(_FLUSH_S)
         if self._clock is not None:
             self._clock.cancel()
         self._app.service.prompts.close()
+
+    def _protocol_factory(self, app: App) -> Callable[[], Connection]:
+        metrics = app.service.metrics
+        return protocol_factory(
+            app,
+            self._options.limits,
+            self._state,
+            lambda status: metrics.count("octavo_http_refused_total", str(status)),
+        )
 
     async def _wait_idle(self, timeout_s: float) -> bool:
         """Wait until no request is being answered; False if the time did not suffice."""

@@ -5,6 +5,8 @@ Imports nothing heavy: `serve.run` reads it before the engine process is started
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from octavo.config import EngineConfig
@@ -49,6 +51,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         served_name: the name that requests use; empty takes the engine's.
         aliases: further names of the same model.
         api_keys: with none, every client is welcome.
+        cache_scope: "key": only requests under one API key share cached prefixes; "global": all do.
+        admin_socket: where to serve the admin routes, as a Unix socket; None: nowhere.
         drain_s: how long running requests may finish after SIGTERM.
         limits: bounds on connections and requests.
     """
@@ -59,6 +63,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     served_name: str = ""
     aliases: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    cache_scope: Literal["key", "global"] = "key"
+    admin_socket: str | None = None
     drain_s: float = 30.0
     limits: Limits = Limits()
 

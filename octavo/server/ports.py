@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Protocol
 
-from octavo.types import Capacity, EngineStats, OutputDelta, SamplingParams, Span
+from octavo.types import (
+    OPEN_CACHE,
+    CacheParams,
+    Capacity,
+    EngineStats,
+    OutputDelta,
+    SamplingParams,
+    Span,
+)
 
 
 class Engine(Protocol):
@@ -32,9 +40,18 @@ class Engine(Protocol):
         """Gauges and counters, as of the last step."""
 
     def generate(
-        self, prompt_ids: list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache: CacheParams = OPEN_CACHE,
     ) -> AsyncIterator[OutputDelta]:
         """The answer, piece by piece: an async generator; closing it aborts the request."""
+
+    async def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes; return how many blocks they had."""
 
 
 class ChatTemplate(Protocol):

@@ -17,6 +17,8 @@ from octavo.engine.validation import (
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
     MAX_N,
+    MAX_PIN_S,
+    MAX_SALT_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
@@ -73,6 +75,10 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     ] = {}
     skip_special_tokens: bool = True
     priority: Annotated[int, Meta(ge=-MAX_COUNT, le=MAX_COUNT)] = 0
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    """Only requests of an equal salt share cached prefixes."""
+    cache_pin_s: Annotated[float, Meta(ge=0.0, le=MAX_PIN_S)] = 0.0
+    """Keep the prompt cached for so many seconds from the first token on."""
     request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     """Becomes part of the answer's id."""
 

@@ -1,4 +1,4 @@
-"""Every route of the server, in one table; `/openapi.json` is generated from it."""
+"""Every route of the port and of the admin socket; `/openapi.json` is generated from them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from octavo.server.admin import reset_prefix_cache
 from octavo.server.answers import (
     ChatCompletion,
     Completion,
     DetokenizeAnswer,
     ModelCard,
     ModelList,
+    PrefixCacheReset,
     TokenizeAnswer,
 )
 from octavo.server.chat import chat_completions
@@ -89,4 +91,16 @@ ROUTES = (
     Route("GET", "/health", ready, "The same as /ready"),
     Route("GET", "/metrics", metrics, "Metrics for Prometheus"),
     Route("GET", "/version", version, "The version of Octavo"),
+)
+
+ADMIN_ROUTES = (
+    Route(
+        "POST",
+        "/reset_prefix_cache",
+        reset_prefix_cache,
+        "Forget all cached prefixes",
+        (),
+        PrefixCacheReset,
+    ),
+    Route("GET", "/live", live, "Say that the process answers"),
 )

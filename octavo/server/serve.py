@@ -18,7 +18,9 @@ import sys
 from collections.abc import Callable
 
 from octavo.engine.async_engine import AsyncEngine
+from octavo.engine.debug_log import write_debug_log
 from octavo.errors import ConfigError
+from octavo.server.admin_socket import listen_at
 from octavo.server.options import Limits, ServerOptions
 from octavo.tokenizer.load import load_tokenizer
 from octavo.types import Capacity
@@ -41,10 +43,14 @@ def run(options: ServerOptions, *, on_ready: Callable[[str], None] | None = None
         EngineDeadError: the engine ended while it served.
     """
     say = on_ready or _write
+    write_debug_log()
     # Until the event loop handles signals itself, SIGTERM ends this like Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with bind(options.host, options.port) as listener:
+        with (
+            bind(options.host, options.port) as listener,
+            listen_at(options.admin_socket) as admin_listener,
+        ):
             if not options.api_keys and not _is_loopback(listener):
                 _write(
                     f"octavo: warning: {options.host} can be reached from other machines and no "
@@ -66,6 +72,7 @@ def run(options: ServerOptions, *, on_ready: Callable[[str], None] | None = None
                     listener,
                     load_tokenizer=lambda: load_tokenizer(options.engine.model),
                     on_ready=ready,
+                    admin_listener=admin_listener,
                 )
             )
     except KeyboardInterrupt:
@@ -124,12 +131,13 @@ def greeting(options: ServerOptions, capacity: Capacity, listener: socket.socket
     key = " -H 'Authorization: Bearer KEY'" if options.api_keys else ""
     question = '{"role": "user", "content": "What is the capital of France?"}'
     body = f'{{"messages": [{question}], "temperature": 0}}'
+    admin = f"Admin socket: {options.admin_socket}\n" if options.admin_socket else ""
     return (
         f"Octavo serves {name} at {url} ({capacity.backend}; context "
         f"{capacity.max_model_len} tokens; KV cache {capacity.kv_pool.num_bytes / 2**20:.0f} MiB)\n"
         "Try it:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-        f"-d {shlex.quote(body)}\n"
+        f"-d {shlex.quote(body)}\n{admin}"
     )
 
 

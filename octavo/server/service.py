@@ -13,7 +13,8 @@ from octavo.server.json_body import decode_object
 from octavo.server.options import ServerOptions
 from octavo.server.ports import Engine, Tokenizer
 from octavo.server.prompts import PromptEncoder
-from octavo.types import Capacity
+from octavo.server.protocol import GenerationFields
+from octavo.types import CacheParams, Capacity
 
 SHUTTING_DOWN = "shutting_down"
 
@@ -57,8 +58,8 @@ class Service:
         ready = self.engine.capacity is not None and self.tokenizer_getter() is not None
         return "ready" if ready else "loading"
 
-    def require_ready(self) -> tuple[Tokenizer, Capacity]:
-        """What a request needs; raises the 503 that fits when it is not to be had."""
+    def require_loaded(self) -> tuple[Tokenizer, Capacity]:
+        """Tokenizer and capacity; raises the 503 that fits when the model is not to be had."""
         if self.engine.failure is not None:
             raise EngineDeadError("The engine has stopped; the server is about to end.")
         if self.is_draining:
@@ -71,6 +72,11 @@ class Service:
                 code="model_loading",
                 headers=[(b"retry-after", b"1")],
             )
+        return tokenizer, capacity
+
+    def require_ready(self) -> tuple[Tokenizer, Capacity]:
+        """What a request needs; raises the 503 that fits when it is not to be had."""
+        tokenizer, capacity = self.require_loaded()
         # Each of these is running or waiting, so the engine's queue is full: say so before the
         # work of tokenizing. The engine itself has the last word.
         config = self.options.engine
@@ -103,10 +109,18 @@ class Service:
             )
         return asked
 
-    def new_engine_id(self) -> str:
-        """An id that no other request of this server has."""
+    def cache_params(self, exchange: Exchange, fields: GenerationFields) -> CacheParams:
+        """What a request asks of the prefix cache, and with whom it may share."""
+        return CacheParams(
+            salt=fields.cache_salt or "",
+            scope=exchange.key_name if self.options.cache_scope == "key" else "",
+            pin_s=fields.cache_pin_s,
+        )
+
+    def new_engine_id(self, request_id: str) -> str:
+        """An id that no other request of this server has, and that shows the client's."""
         self._num_ids += 1
-        return f"r{self._num_ids}"
+        return f"{request_id}/{self._num_ids}"
 
 
 def shutting_down() -> HttpError:

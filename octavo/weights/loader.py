@@ -19,6 +19,7 @@ from octavo.errors import ModelFileError
 from octavo.graph.tensors import StoredTensor
 from octavo.weights.formats.registry import read_tensor
 from octavo.weights.gguf import GGUFFile
+from octavo.weights.identity import weights_digest
 from octavo.weights.safetensors import SafetensorsFile, find_files
 
 _MAX_CONFIG_BYTES = 10_000_000
@@ -56,6 +57,10 @@ class ModelFiles(Protocol):
         Raises:
             ModelFileError: there is no such tensor, or its format is not supported.
         """
+        ...
+
+    def digest(self) -> str:
+        """A name of the weights and their configuration, the same on every machine."""
         ...
 
     def close(self) -> None:
@@ -112,6 +117,9 @@ class _GGUF:
             raise _missing(name, self._file.path)
         return _read(name, self._file, rows)
 
+    def digest(self) -> str:
+        return weights_digest([(self._file.buffer, self._file.tensors.values())], b"")
+
     def close(self) -> None:
         self._file.close()
 
@@ -154,6 +162,10 @@ class _Folder:
         if file is None:
             raise _missing(name, self._path)
         return _read(name, file, rows)
+
+    def digest(self) -> str:
+        files = [(file.buffer, file.tensors.values()) for file in self._files]
+        return weights_digest(files, json.dumps(self.config, sort_keys=True).encode())
 
     def close(self) -> None:
         for file in self._files:

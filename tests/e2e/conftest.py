@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -60,6 +60,21 @@ class Server:
         assert self.process.stderr is not None
         self.process.stderr.close()
         return code
+
+
+@pytest.fixture(scope="module")
+def start_e2e() -> Iterator[Callable[..., Server]]:
+    """Starts servers with options of their own, for the tests of a module."""
+    servers: list[Server] = []
+
+    def start(*arguments: str) -> Server:
+        servers.append(Server(*arguments))
+        servers[-1].wait_ready()
+        return servers[-1]
+
+    yield start
+    for running in servers:
+        assert running.stop() == 0
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from octavo.errors import (
     OverloadedError,
 )
 from octavo.tokenizer.tokenizer import Tokenizer
-from octavo.types import OutputDelta, SamplingParams
+from octavo.types import CacheParams, OutputDelta, SamplingParams
 
 MakeConfig = Callable[..., EngineConfig]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -59,9 +59,14 @@ def is_alive(pid: int) -> bool:
 
 
 async def collect(
-    engine: AsyncEngine, prompt: list[int], params: SamplingParams, name: str = "a"
+    engine: AsyncEngine,
+    prompt: list[int],
+    params: SamplingParams,
+    name: str = "a",
+    pin_s: float = 0.0,
 ) -> list[OutputDelta]:
-    return [d async for d in engine.generate(prompt, params, request_id=name)]
+    stream = engine.generate(prompt, params, request_id=name, cache=CacheParams(pin_s=pin_s))
+    return [d async for d in stream]
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
@@ -185,6 +190,50 @@ def test_a_slow_consumer_gets_everything(
     with_engine(tiny_config(), tiny_tokenizer, use)
 
 
+def test_a_reset_forgets_what_was_cached(
+    tiny_config: MakeConfig, tiny_tokenizer: Tokenizer
+) -> None:
+    async def use(engine: AsyncEngine) -> None:
+        prompt = list(range(40))
+
+        async def num_cached(**fields: object) -> int:
+            cache = CacheParams(**fields)  # type: ignore[arg-type]
+            stream = engine.generate(prompt, GREEDY, request_id="a", cache=cache)
+            return [d async for d in stream][-1].usage.num_cached_tokens
+
+        assert [await num_cached(), await num_cached()] == [0, 32]
+        assert [await num_cached(salt="a"), await num_cached(scope="a")] == [0, 0]
+        assert await num_cached(pin_s=60) == 32
+        assert engine.stats.cache.num_blocks_pinned == 2
+        assert await engine.reset_prefix_cache() == 6
+        await until(lambda: engine.stats.cache.num_blocks_pinned == 0)
+        assert await num_cached() == 0
+        long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        running = asyncio.create_task(collect(engine, prompt, long, "running"))
+        await until(lambda: engine.stats.num_running == 1)
+        resets = await asyncio.gather(*(engine.reset_prefix_cache() for _ in range(3)))
+        assert resets[1:] == [0, 0]
+        assert sum(len(d.token_ids) for d in await running) == 200
+
+    with_engine(tiny_config(), tiny_tokenizer, use)
+
+
+def test_a_reset_of_a_dead_engine_fails(tiny_config: MakeConfig, tiny_tokenizer: Tokenizer) -> None:
+    async def use(engine: AsyncEngine) -> None:
+        await engine.wait_ready()
+        os.kill(engine.pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(engine.reset_prefix_cache())
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await waiting
+        with pytest.raises(EngineDeadError):
+            await engine.reset_prefix_cache()
+
+    with_engine(tiny_config(), tiny_tokenizer, use)
+
+
 def test_refusals_reach_their_request_alone(
     tiny_config: MakeConfig, tiny_tokenizer: Tokenizer
 ) -> None:
@@ -193,6 +242,16 @@ def test_refusals_reach_their_request_alone(
             await collect(engine, [1], SamplingParams(top_p=2))
         with pytest.raises(ContextLengthError, match="512"):
             await collect(engine, [1] * 512, GREEDY)
+        with pytest.raises(InvalidRequestError, match="cache_pin_s"):
+            await collect(engine, [1] * 300, GREEDY, pin_s=5000)
+        assert engine.capacity is not None
+        most = engine.capacity.kv_pool.num_blocks // 2 * 16
+        with pytest.raises(OverloadedError, match="may be pinned") as full:
+            await asyncio.gather(
+                collect(engine, [1] * (most - 16), GREEDY, pin_s=9),
+                collect(engine, [2] * 32, GREEDY, pin_s=9),
+            )
+        assert full.value.code == "cache_pins_full"
         long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
         results = await asyncio.gather(
             *(collect(engine, [1], long) for _ in range(6)), return_exceptions=True

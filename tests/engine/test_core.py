@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future
 
+import msgspec
 import pytest
 
 from octavo.config import EngineConfig
-from octavo.engine.core import EngineCore, warm_up
+from octavo.engine.core import EngineCore, log_prefix, warm_up
 from octavo.errors import ContextLengthError, KernelError, ModelFileError
 from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
@@ -15,6 +17,7 @@ from octavo.types import (
     EngineRequest,
     KVPool,
     ModelOutput,
+    PrefixReport,
     SampledTokens,
     SamplingParams,
     SchedulerOutput,
@@ -96,6 +99,20 @@ def test_an_aborted_request_leaves_nothing() -> None:
     assert core.abort("a") == core.abort("nobody") == []
     assert not core.has_work()
     assert core.stats().cache.num_blocks_used == 0
+
+
+def test_a_report_of_the_prefix_cache_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "octavo.engine")
+    report = PrefixReport(
+        request_id="17", index=0, num_tokens=100, num_cached_tokens=32, block_size=16,
+        miss="evicted",
+    )  # fmt: skip
+    log_prefix(report)
+    log_prefix(msgspec.structs.replace(report, num_cached_tokens=96, miss=None))
+    assert caplog.messages == [
+        "request 17, sequence 0: 32 of 100 tokens cached; block 2 missed: evicted",
+        "request 17, sequence 0: 96 of 100 tokens cached; all that could be",
+    ]
 
 
 def test_a_refused_request_changes_nothing() -> None:

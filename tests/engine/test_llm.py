@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,68 @@ def test_a_prefix_is_served_from_the_cache(llm: LLM) -> None:
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 32)
 
 
+def test_prompts_of_another_salt_share_nothing(llm: LLM) -> None:
+    prompt = {"prompt_token_ids": list(range(60, 100))}
+    salted = prompt | {"cache_salt": "a"}
+    served = [llm.generate(p, GREEDY)[0] for p in (prompt, salted, salted, prompt)]
+    assert [output.num_cached_tokens for output in served] == [0, 0, 32, 32]
+    assert len({ids_of(output) for output in served}) == 1
+    assert llm.generate(prompt | {"cache_salt": None}, GREEDY)[0].num_cached_tokens == 32
+    assert llm.generate({"prompt": "on the", "cache_salt": "a"}, GREEDY)[0].prompt == "on the"
+
+
+def test_a_pinned_prompt_and_a_reset(tiny_model_path: Path) -> None:
+    prompt = {"prompt_token_ids": list(range(40))}
+    with LLM(str(tiny_model_path), memory="36KiB", threads=1, max_model_len=96) as small:
+        assert small.capacity.kv_pool.num_blocks < 10
+        small.generate(prompt | {"cache_pin_s": 600}, GREEDY)
+        for other in range(100, 110):
+            small.generate({"prompt_token_ids": [other] * 40}, GREEDY)
+        assert small.generate(prompt, GREEDY)[0].num_cached_tokens == 32
+        assert small.reset_prefix_cache() is True
+        assert small.generate(prompt, GREEDY)[0].num_cached_tokens == 0
+        with pytest.raises(InvalidRequestError, match="may be pinned"):
+            small.generate({"prompt_token_ids": [7] * 90, "cache_pin_s": 1}, GREEDY)
+        assert len(ids_of(small.generate("a", GREEDY)[0])) == 6
+    with pytest.raises(EngineDeadError):
+        small.reset_prefix_cache()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "cache_salt"),
+        ({"cache_salt": 5}, "cache_salt"),
+        ({"cache_pin_s": -1}, "cache_pin_s"),
+        ({"cache_pin_s": 3601}, "cache_pin_s"),
+        ({"cache_pin_s": "1"}, "cache_pin_s"),
+        ({"cache_pin_s": float("nan")}, "cache_pin_s"),
+    ],
+)
+def test_what_is_asked_of_the_cache_is_checked(
+    llm: LLM, fields: dict[str, object], param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.generate({"prompt": "on the"} | fields, GREEDY)
+    assert caught.value.param == param
+
+
+def test_the_log_says_why_a_prefix_was_missed(
+    tiny_model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "octavo.engine")
+    with LLM(str(tiny_model_path), **OPTIONS) as talkative:
+        for fields in ({}, {}, {"cache_salt": "a"}):
+            talkative.generate({"prompt_token_ids": list(range(40))} | fields, GREEDY)
+    assert caplog.messages == [
+        "request 0, sequence 0: 0 of 40 tokens cached; block 0 missed: never seen",
+        "request 1, sequence 0: 32 of 40 tokens cached; all that could be",
+        "request 2, sequence 0: 0 of 40 tokens cached; block 0 missed: other salt or scope",
+    ]
+
+
 def test_chat_renders_the_template(llm: LLM) -> None:
     talk = [{"role": "user", "content": "in <|im_end|>"}]
     [output] = llm.chat(talk, GREEDY)
@@ -127,6 +190,7 @@ def test_a_bad_request_computes_nothing_and_leaves_nothing(llm: LLM) -> None:
         (["a", {"prompt_token_ids": [-1]}], InvalidRequestError),
         (["a", {"ids": [1]}], InvalidRequestError),
         (["a", {}], InvalidRequestError),
+        (["a", {"cache_salt": "a"}], InvalidRequestError),
         ([""], InvalidRequestError),
     ):
         with pytest.raises(error):

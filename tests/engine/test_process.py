@@ -29,7 +29,9 @@ from octavo.types import (
     EngineUpdates,
     FromEngine,
     KVPool,
+    PrefixCacheReset,
     RequestRejected,
+    ResetPrefixCache,
     SamplingParams,
     StartEngine,
     ToEngine,
@@ -64,6 +66,9 @@ class FakeCore:
     def abort(self, request_id: str, index: int | None = None) -> list[TokenUpdate]:
         self.alive.remove(request_id)
         return []
+
+    def reset_prefix_cache(self) -> int:
+        return 17
 
     def has_work(self) -> bool:
         return bool(self.alive)
@@ -249,6 +254,16 @@ def test_nonsense_at_the_start_is_a_failure(monkeypatch: pytest.MonkeyPatch, fra
         parent.socket.sendall(frames)
         assert isinstance(parent.receive(), EngineFailed)
     assert parent.exit_code == 1
+
+
+def test_a_reset_of_the_prefix_cache_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(monkeypatch, lambda config, progress: FakeCore()) as parent:
+        parent.send(START)
+        parent.until(EngineReady)
+        parent.send(ResetPrefixCache(5))
+        assert parent.until(PrefixCacheReset) == PrefixCacheReset(5, 17)
+        parent.send(add("a"), ResetPrefixCache(6))
+        assert parent.until(PrefixCacheReset) == PrefixCacheReset(6, 17)
 
 
 def test_a_second_start_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from octavo.engine.transport import (
 from octavo.types import (
     AbortRequest,
     AddRequest,
+    CacheParams,
     CacheStats,
     Capacity,
     EngineFailed,
@@ -34,7 +35,9 @@ from octavo.types import (
     EngineUpdates,
     FromEngine,
     KVPool,
+    PrefixCacheReset,
     RequestRejected,
+    ResetPrefixCache,
     SamplingParams,
     StartEngine,
     ToEngine,
@@ -49,12 +52,14 @@ REQUEST = EngineRequest(
         stop=("x", "ÿ"), stop_token_ids=(3,), logit_bias={5: -100.0}, seed=2**64 - 1, logprobs=2
     ),
     priority=-1,
+    cache=CacheParams(salt="é", scope="k", pin_s=1.5),
 )
 TO_ENGINE: list[ToEngine] = [
     StartEngine(config={"model": "/m", "threads": 2, "max_model_len": None}),
     AddRequest(request=REQUEST),
     AbortRequest(request_id="a"),
     AbortRequest(request_id="a", index=3),
+    ResetPrefixCache(2**40),
 ]
 UPDATE = TokenUpdate(
     "a", 0, (1, 2), (TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.0))),), "stop", 7, 16
@@ -74,6 +79,7 @@ FROM_ENGINE: list[FromEngine] = [
         stats=EngineStats(cache=CacheStats(num_blocks=3, num_hits=2), num_steps=1),
     ),
     RequestRejected(request_id="a", error="OverloadedError", message="full", retry_after_s=2.5),
+    PrefixCacheReset(3, 17),
 ]  # fmt: skip
 
 

@@ -170,6 +170,140 @@ def test_salts_keep_equal_prefixes_apart() -> None:
     assert manager.match_prefix(manager.new_table("tenant a"), asked).num_tokens == 8
 
 
+def num_found(manager: KVCacheManager, *token_ids: int) -> int:
+    return manager.match_prefix(manager.new_table(), tokens(*token_ids)).num_tokens
+
+
+def test_what_is_computed_after_a_reset_is_served_only_if_it_began_after_it() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    token_ids = tokens(*range(12))
+    old = manager.new_table()
+    manager.allocate(old, 12)
+    manager.commit(old, token_ids, 4)
+    manager.reset_prefix_cache()
+    new = fill(manager, tokens(*range(8)))
+    manager.commit(old, token_ids, 12)  # The head is cached again, by another sequence.
+    assert num_found(manager, *range(13)) == 8
+    manager.free(old)  # Preempted, and computed anew:
+    manager.allocate(old, 12, manager.match_prefix(old, token_ids))
+    manager.commit(old, token_ids, 12)
+    assert num_found(manager, *range(13)) == 12
+    manager.check_invariants([old, new])
+
+
+def test_scopes_adapters_and_identities_keep_prefixes_apart_as_salts_do() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    roots = [
+        manager.new_table(*names).root
+        for names in ((), ("a",), ("", "a"), ("a", "a"), ("aa",), ("", "aa"), ("", "", 1))
+    ]
+    roots += [
+        KVCacheManager(8, 4, identity=identity).new_table().root for identity in ("a", "b", "0")
+    ]
+    assert len(set(roots)) == len(roots)
+    again = KVCacheManager(num_blocks=2, block_size=4)
+    again.reset_prefix_cache()
+    assert again.new_table("a").root == roots[1], "names are the same in every process"
+
+
+def pin(manager: KVCacheManager, token_ids: array[int], end: float) -> None:
+    """What the scheduler does for a request that pins its prompt, from beginning to end."""
+    table = fill(manager, token_ids)
+    names = manager.reserve_pin(table, token_ids)
+    assert names is not None
+    manager.pin(names, end)
+    manager.free(table)
+    manager.cancel_pin(names)
+
+
+def test_a_pinned_prefix_outlives_one_that_was_used_later() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    pin(manager, tokens(*range(8)), end=9.5)
+    manager.free(fill(manager, tokens(*range(50, 58))))
+    assert (manager.num_pinned_blocks, manager.num_free_blocks) == (2, 2)
+    assert manager.num_referenced_blocks == 0
+    other = fill(manager, tokens(*range(70, 78)))
+    assert manager.allocate(manager.new_table(), 1) is None
+    assert (num_found(manager, *range(9)), num_found(manager, *range(50, 59))) == (8, 0)
+    manager.end_pins(9.4)
+    assert manager.num_pinned_blocks == 2
+    manager.end_pins(10.0)
+    assert (manager.num_pinned_blocks, manager.num_cached_idle_blocks) == (0, 2)
+    assert num_found(manager, *range(9)) == 8, "it is cached as any other is"
+    assert manager.allocate(other, 9) is not None
+    assert num_found(manager, *range(9)) == 4, "its end is lost before its beginning"
+    manager.check_invariants([other])
+
+
+def test_a_pinned_prefix_is_shared_without_taking_room() -> None:
+    manager = KVCacheManager(num_blocks=4, block_size=4)
+    pin(manager, tokens(*range(8)), end=5.0)
+    table = manager.new_table()
+    prefix = manager.match_prefix(table, tokens(*range(16)))
+    assert manager.allocate(table, 16, prefix) is not None  # Two found and the two that are free.
+    assert manager.num_referenced_blocks == 4
+    manager.end_pins(5.0)  # While it is in use.
+    manager.check_invariants([table])
+    manager.free(table)
+    assert (manager.num_free_blocks, manager.num_cached_idle_blocks) == (4, 2)
+    manager.check_invariants([])
+
+
+def test_half_of_the_pool_may_be_pinned_and_equal_prefixes_count_once() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    pin(manager, tokens(*range(12)), end=5.0)
+    pin(manager, tokens(*range(13)), end=7.0)
+    assert (manager.num_pinned_blocks, manager.max_pinned_blocks) == (3, 4)
+    table = manager.new_table()
+    assert manager.reserve_pin(table, tokens(*range(12), *range(50, 58))) is None
+    names = manager.reserve_pin(table, tokens(*range(12), *range(50, 54)))
+    assert names == tuple(table.hashes[:4])
+    assert manager.reserve_pin(manager.new_table(), tokens(*range(70, 74))) is None
+    manager.end_pins(6.0)
+    assert manager.num_pinned_blocks == 3, "the later time counts"
+    manager.cancel_pin(names)
+    assert manager.reserve_pin(manager.new_table(), tokens(*range(70, 74))) is not None
+
+
+def test_pins_that_end_first_are_dropped_first() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    pin(manager, tokens(*range(4)), end=20.0)
+    pin(manager, tokens(*range(50, 58)), end=10.0)
+    pin(manager, tokens(*range(50, 54)), end=15.0)
+    assert manager.first_pin_end == 10.0
+    assert [
+        (manager.drop_pins(), manager.num_pinned_blocks, manager.num_free_blocks) for _ in range(4)
+    ] == [(True, 2, 6), (True, 1, 7), (True, 0, 8), (False, 0, 8)]
+    assert manager.first_pin_end is None
+    manager.check_invariants([])
+
+
+def test_a_reset_or_broken_logits_end_a_pin() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    pin(manager, tokens(*range(8)), end=5.0)
+    assert manager.reset_prefix_cache() == 2
+    assert (manager.num_pinned_blocks, manager.num_free_blocks) == (0, 8)
+    manager.check_invariants([])
+    pin(manager, tokens(*range(8)), end=5.0)
+    table = fill(manager, tokens(*range(9)))
+    manager.forget(table)
+    assert manager.num_pinned_blocks == 0
+    manager.free(table)
+    manager.check_invariants([])
+    assert manager.num_free_blocks == 8
+
+
+def test_what_a_reset_took_is_not_pinned() -> None:
+    manager = KVCacheManager(num_blocks=8, block_size=4)
+    table = fill(manager, tokens(*range(8)))
+    names = manager.reserve_pin(table, tokens(*range(8)))
+    assert names is not None
+    manager.reset_prefix_cache()
+    manager.pin(names, end=5.0)
+    assert manager.num_pinned_blocks == 0
+    manager.check_invariants([table])
+
+
 def test_the_prefix_cache_can_be_left_out() -> None:
     manager = KVCacheManager(num_blocks=4, block_size=4, use_prefix_cache=False)
     manager.free(fill(manager, tokens(*range(8))))

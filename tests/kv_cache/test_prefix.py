@@ -32,6 +32,16 @@ def test_the_salt_separates_equal_prefixes() -> None:
     assert set(chain([1, 2, 3, 4], salt="a")).isdisjoint(chain([1, 2, 3, 4], salt="b"))
 
 
+def test_no_two_lists_of_parts_have_one_root() -> None:
+    lists = [(), ("",), ("", ""), ("a",), ("a", ""), ("", "a"), ("ab",), ("a", "b"), ("é",)]
+    assert len({root_hash(*parts) for parts in lists}) == len(lists)
+
+
+def test_a_name_is_the_same_in_every_version() -> None:
+    """It is the name of blocks on disk: a change must be a decision."""
+    assert root_hash("model", "0", "", "").hex()[:16] == "5adac39f7b3033b0"
+
+
 def test_extending_in_steps_gives_the_same_chain() -> None:
     token_ids = array("i", range(20))
     hashes: list[bytes] = []

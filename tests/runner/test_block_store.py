@@ -19,7 +19,7 @@ import pytest
 
 from octavo.errors import ConfigError
 from octavo.runner import block_segment, block_store
-from octavo.runner.block_segment import Segment, SegmentError, Shape, digest
+from octavo.runner.block_segment import Segment
 from octavo.runner.block_store import DiskBlockStore
 
 BLOCK_BYTES = 5000
@@ -583,27 +583,3 @@ def test_a_folder_serves_one_process(make: Make) -> None:
     assert child.returncode == 3
     store.close()
     make()
-
-
-# ---- One segment ----------------------------------------------------------------------------
-
-
-def test_the_format_of_a_segment(tmp_path: Path) -> None:
-    """What is on users' disks: a change of it needs a new version."""
-    shape = Shape(digest(b"key"), 3, 2)
-    segment = Segment.create(tmp_path / "1.kv", shape)
-    segment.append([(b"h" * 32, b"abc")])
-    segment.close()
-    raw = (tmp_path / "1.kv").read_bytes()
-    assert len(raw) == 4096 + 3
-    assert raw[:24] == b"octavoKV" + bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0])
-    assert raw[24:56] == sha256(b"key").digest()
-    assert raw[64:96] == b"h" * 32
-    assert raw[96:100] == (0x352441C2).to_bytes(4, "little")  # CRC-32 of "abc"
-    assert raw[4096:] == b"abc"
-    with pytest.raises(SegmentError, match="version 2"):
-        header = bytearray(raw[:56])
-        header[8] = 2
-        checksum = block_segment.crc32(header).to_bytes(4, "little")
-        (tmp_path / "1.kv").write_bytes(header + checksum + raw[60:])
-        Segment.open(tmp_path / "1.kv", shape.key, 3)

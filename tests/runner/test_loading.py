@@ -14,7 +14,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelFileError
 from octavo.graph.tensors import StoredTensor
 from octavo.runner import quantization
-from octavo.runner.loading import load, pool_blocks
+from octavo.runner.loading import load, name_cache, pool_blocks
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # K and V, layers, heads, head_dim, fp16
 
@@ -48,6 +48,22 @@ def test_load_reports_phases_and_numbers(tiny_model_path: Path) -> None:
     stored = safetensors.numpy.load_file(tiny_model_path / "model.safetensors")
     assert loaded.num_parameters == sum(t.size for t in stored.values())
     loaded.program.close()
+
+
+def test_a_pool_is_named_by_all_that_its_bytes_depend_on(tiny_model_path: Path) -> None:
+    def identity(**values: object) -> str:
+        loaded = load(config(tiny_model_path, **values), silent)
+        loaded.program.close()
+        return loaded.cache_identity
+
+    others: list[dict[str, object]] = [
+        {"kv_dtype": "int8"}, {"block_size": 32}, {"quantization": "int8"}, {"backend": "cpu"}
+    ]  # fmt: skip
+    names = [identity(), *(identity(**values) for values in others)]
+    assert len(set(names)) == len(names)
+    assert identity(max_num_batched_tokens=64, max_num_seqs=3, served_name="x") == names[0]
+    assert identity(backend="cpu", num_threads=2) == names[-1]
+    assert name_cache("one", config(tiny_model_path)) != name_cache("two", config(tiny_model_path))
 
 
 def test_an_int8_cache_holds_more_tokens(tiny_model_path: Path) -> None:

@@ -13,11 +13,14 @@ import pytest
 from octavo.config import EngineConfig
 from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
+    OPEN_CACHE,
+    CacheParams,
     Capacity,
     EngineRequest,
     KVPool,
     ModelOutput,
     NewSequence,
+    PrefixReport,
     SampledTokens,
     SamplingParams,
     SchedulerOutput,
@@ -293,6 +296,7 @@ class World:
         num_blocks: int = 64,
         max_model_len: int = 1024,
         tier: FakeTier | None = None,
+        reports: list[PrefixReport] | None = None,
         **options: object,
     ) -> None:
         self.config = EngineConfig(
@@ -318,7 +322,8 @@ class World:
             vocab_size=VOCAB_SIZE,
             backend="fake",
         )
-        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}), tier)
+        on_admitted = None if reports is None else reports.append
+        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}), tier, on_admitted)
         self.executor = SimulatedExecutor(num_blocks, self.config.block_size, tier)
         self.num_steps = 0
         self.plan = SchedulerOutput()
@@ -326,7 +331,13 @@ class World:
         self._num_requests = 0
 
     def add(
-        self, prompt_ids: list[int], *, priority: int = 0, name: str = "", **params: object
+        self,
+        prompt_ids: list[int],
+        *,
+        priority: int = 0,
+        name: str = "",
+        cache: CacheParams = OPEN_CACHE,
+        **params: object,
     ) -> str:
         """Add a request that by default ignores end-of-text; returns its id."""
         self._num_requests += 1
@@ -338,6 +349,7 @@ class World:
                 prompt_ids=prompt_ids,
                 params=SamplingParams(**values),  # type: ignore[arg-type]
                 priority=priority,
+                cache=cache,
             ),
             float(self.num_steps),
         )

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from octavo.errors import ContextLengthError, InvalidRequestError, OverloadedError
-from octavo.types import EngineRequest, SamplingParams
+from octavo.types import CacheParams, EngineRequest, PrefixReport, SamplingParams
 
 SMALL_WORLDS = st.fixed_dictionaries(
     {
@@ -52,6 +52,12 @@ PARAMS = st.builds(
     min_tokens=st.integers(0, 4),
     max_tokens=st.integers(1, 30),
 )
+CACHES = st.builds(
+    CacheParams,
+    salt=st.sampled_from(["", "", "a"]),
+    scope=st.sampled_from(["", "", "k"]),
+    pin_s=st.sampled_from([0, 0, 0.5, 5, 60]),  # A step takes a second.
+)
 
 
 SEARCHES = st.builds(
@@ -77,46 +83,58 @@ class Histories(RuleBasedStateMachine):
         self.requests: dict[str, EngineRequest] = {}
         self.aborted: set[tuple[str, int]] = set()
 
-    @initialize(options=SMALL_WORLDS)
-    def start(self, options: dict[str, Any]) -> None:
+    @initialize(options=SMALL_WORLDS, explains=st.booleans())
+    def start(self, options: dict[str, Any], explains: bool) -> None:
         tier = options.pop("tier")
         self.tier = None if tier is None else self.simulation.FakeTier(*tier)
-        self.world = self.simulation.World(**options, tier=self.tier)
+        reports: list[PrefixReport] | None = [] if explains else None
+        self.world = self.simulation.World(**options, tier=self.tier, reports=reports)
         self.scheduler = self.world.scheduler
 
     @rule(
         asked=st.lists(
-            st.tuples(PROMPTS, st.one_of(PARAMS, PARAMS, SEARCHES), st.integers(-1, 1)),
+            st.tuples(PROMPTS, st.one_of(PARAMS, PARAMS, SEARCHES), st.integers(-1, 1), CACHES),
             min_size=1,
             max_size=4,
         )
     )
-    def add(self, asked: list[tuple[list[int], SamplingParams, int]]) -> None:
-        for prompt, params, priority in asked:
-            self._add(prompt, params, priority)
+    def add(self, asked: list[tuple[list[int], SamplingParams, int, CacheParams]]) -> None:
+        for one in asked:
+            self._add(*one)
 
-    def _add(self, prompt: list[int], params: SamplingParams, priority: int) -> None:
+    def _add(
+        self, prompt: list[int], params: SamplingParams, priority: int, cache: CacheParams
+    ) -> None:
         request = EngineRequest(
             request_id=str(len(self.requests)),
             prompt_ids=prompt or [1],
             params=params,
             priority=priority,
+            cache=cache,
         )
+        self.scheduler._cache.end_pins(float(self.world.num_steps))
         before = self.scheduler.stats()
         try:
             self.scheduler.add(request, float(self.world.num_steps))
         except ContextLengthError:
             assert not self._fits(request)
             assert self.scheduler.stats() == before
-        except InvalidRequestError:
-            assert params.num_sequences > self._num_rows()
-            assert self.scheduler.stats() == before
         except OverloadedError as error:
-            assert before.num_waiting >= self.world.config.max_num_waiting
-            assert 1 <= error.retry_after_s <= 60
+            if error.code == "cache_pins_full":
+                assert cache.pin_s
+            else:
+                assert before.num_waiting >= self.world.config.max_num_waiting
+            assert 1 <= error.retry_after_s <= 61
+            assert self.scheduler.stats() == before
+        except InvalidRequestError as error:
+            if error.param == "cache_pin_s":
+                assert cache.pin_s and not self._may_be_pinned(request)
+            else:
+                assert params.num_sequences > self._num_rows()
             assert self.scheduler.stats() == before
         else:
             assert self._fits(request)
+            assert not cache.pin_s or self._may_be_pinned(request)
             self.requests[request.request_id] = request
         self.scheduler.check_invariants()
 
@@ -143,7 +161,8 @@ class Histories(RuleBasedStateMachine):
     def reset_prefix_cache(self) -> None:
         self.scheduler.reset_prefix_cache()
         self.scheduler.check_invariants()
-        assert self.scheduler.stats().cache.num_blocks_cached == 0
+        cache = self.scheduler.stats().cache
+        assert cache.num_blocks_cached == cache.num_blocks_pinned == 0
         assert self.tier is None or not self.tier.blocks
 
     def teardown(self) -> None:
@@ -212,6 +231,11 @@ class Histories(RuleBasedStateMachine):
     def _num_rows(self) -> int:
         config = self.world.config
         return min(config.max_num_seqs, config.max_num_batched_tokens)
+
+    def _may_be_pinned(self, request: EngineRequest) -> bool:
+        num_blocks = len(request.prompt_ids) // self.world.config.block_size
+        most = self.world.capacity.kv_pool.num_blocks // 2
+        return self.world.config.use_prefix_cache and num_blocks <= most
 
 
 def run_histories(simulation: SimpleNamespace, max_examples: int, num_rules: int) -> None:

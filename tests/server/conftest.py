@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -122,6 +124,68 @@ def server() -> Iterator[Server]:
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+class Running:
+    """`octavo serve` of the tiny model."""
+
+    def __init__(self, model: Path, *options: str, **environment: str) -> None:
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "octavo.cli.main",
+            "serve",
+            str(model),
+            "--port",
+            "0",
+        ]
+        command += ["--served-model-name", "tiny", "--memory", "8MiB", *options]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        assert self.process.stderr is not None
+        line = self.process.stderr.readline()  # the greeting comes once requests are welcome
+        match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        assert match, line + self.process.stderr.read()
+        self.port = int(match[1])
+        self.url = match[0]
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
+    def finish(self) -> tuple[int, str]:
+        """The exit code, and the last line on stderr."""
+        _, errors = self.process.communicate(timeout=10)
+        return self.process.returncode, errors.strip().rpartition("\n")[2]
+
+
+def _serve_real(model: Path) -> Iterator[Callable[..., Running]]:
+    servers: list[Running] = []
+
+    def start(*options: str, **environment: str) -> Running:
+        servers.append(Running(model, *options, **environment))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+@pytest.fixture
+def start_real(tiny_model_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts `octavo serve` of the tiny model with further options, for one test."""
+    yield from _serve_real(tiny_model_path)
+
+
+@pytest.fixture(scope="module")
+def start_module_real(tiny_model_path: Path) -> Iterator[Callable[..., Running]]:
+    """The same for all tests of a module."""
+    yield from _serve_real(tiny_model_path)
 
 
 def read_response(sock: socket.socket) -> tuple[int, dict[str, str], bytes]:

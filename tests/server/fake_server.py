@@ -19,10 +19,13 @@ import msgspec
 from octavo.config import EngineConfig
 from octavo.engine.validation import complete_request
 from octavo.errors import EngineDeadError, InvalidRequestError, ModelFileError, OverloadedError
+from octavo.server.admin_socket import listen_at
 from octavo.server.lifecycle import serve
 from octavo.server.options import Limits, ServerOptions
 from octavo.server.serve import bind
 from octavo.types import (
+    OPEN_CACHE,
+    CacheParams,
     CacheStats,
     Capacity,
     EngineStats,
@@ -92,7 +95,7 @@ class FakeEngine:
         self._max_model_len = max_model_len
         self._running: dict[str, int] = {}
         self._num_steps = self._num_prompt = 0
-        self._cached: set[str] = set()
+        self._cached: set[tuple[str, str, str]] = set()
 
     @property
     def stats(self) -> EngineStats:
@@ -129,6 +132,11 @@ class FakeEngine:
     async def close(self) -> None:
         return
 
+    async def reset_prefix_cache(self) -> int:
+        num_prompts = len(self._cached)
+        self._cached.clear()
+        return num_prompts
+
     async def generate(
         self,
         prompt_ids: list[int],
@@ -136,10 +144,11 @@ class FakeEngine:
         *,
         request_id: str,
         priority: int = 0,
+        cache: CacheParams = OPEN_CACHE,
     ) -> AsyncGenerator[OutputDelta]:
         assert self.capacity is not None and self.tokenizer is not None
         params = complete_request(
-            request_id, prompt_ids, params, self.capacity, priority=priority
+            request_id, prompt_ids, params, self.capacity, priority=priority, cache=cache
         ).params
         text = self.tokenizer.decode(prompt_ids)
         if "FULL" in text:
@@ -147,8 +156,9 @@ class FakeEngine:
         assert request_id not in self._running
         self._running[request_id] = len(prompt_ids)
         self._num_prompt += len(prompt_ids)
-        cached = (len(prompt_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE if text in self._cached else 0
-        self._cached.add(text)
+        name = (cache.scope, cache.salt, text)
+        cached = (len(prompt_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE if name in self._cached else 0
+        self._cached.add(name)
         try:
             if "STALL" in text:
                 await asyncio.sleep(0.5)
@@ -219,15 +229,17 @@ def main() -> None:
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
     assert "numpy" not in sys.modules
-    asyncio.run(
-        serve(
-            options,
-            engine,  # type: ignore[arg-type]
-            listener,
-            load_tokenizer=load_tokenizer,  # type: ignore[arg-type]
-            on_ready=lambda capacity: None,
+    with listen_at(options.admin_socket) as admin_listener:
+        asyncio.run(
+            serve(
+                options,
+                engine,  # type: ignore[arg-type]
+                listener,
+                load_tokenizer=load_tokenizer,  # type: ignore[arg-type]
+                on_ready=lambda capacity: None,
+                admin_listener=admin_listener,
+            )
         )
-    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
+from octavo.engine.validation import MAX_PIN_S, MAX_SALT_CHARACTERS
 from octavo.server.fields import HARMLESS, UNSUPPORTED
 from octavo.server.options import Limits
 from octavo.server.protocol import ChatFields, CompletionFields, GenerationFields
-from octavo.server.routes import ROUTES
+from octavo.server.routes import ADMIN_ROUTES, ROUTES
+from octavo.types import MissReason
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "api.md").read_text()
@@ -17,7 +20,7 @@ FLAT = " ".join(TEXT.split())
 
 
 def test_every_route_is_named() -> None:
-    for route in ROUTES:
+    for route in (*ROUTES, *ADMIN_ROUTES):
         path = route.path.replace("{model}", "{id}")
         assert f"`{route.method} {path}`" in TEXT, route.path
 
@@ -41,12 +44,18 @@ def test_the_lists_of_fields_are_those_of_the_code() -> None:
 
 
 def test_every_code_is_named() -> None:
-    source = "".join(p.read_text() for p in (ROOT / "octavo" / "server").glob("*.py"))
+    rooms = [ROOT / "octavo" / room for room in ("server", "engine", "scheduler")]
+    source = "".join(p.read_text() for room in rooms for p in room.glob("*.py"))
     source += (ROOT / "octavo" / "errors.py").read_text()
     codes = set(re.findall(r'code="(\w+)"', source)) | set(re.findall(r'\d: "(\w+)"', source))
     assert len(codes) > 15
     table = TEXT.partition("## Errors")[2].partition("## Limits")[0]
     assert {code for code in codes if f"`{code}`" not in table} == set()
+
+
+def test_every_reason_of_a_miss_is_named() -> None:
+    part = TEXT.partition("**Why a prefix was not found**")[2].partition("## Errors")[0]
+    assert [reason for reason in get_args(MissReason) if f"`{reason}`" not in part] == []
 
 
 def test_limits_are_those_of_the_code() -> None:
@@ -58,6 +67,8 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"closed after {limits.keep_alive_s:g} s" in TEXT
     assert f"cut off after {limits.write_stall_s:g} s" in TEXT
     assert f"{limits.max_json_depth} levels" in TEXT
+    assert f"1 to {MAX_SALT_CHARACTERS} characters" in TEXT
+    assert f"0 to {MAX_PIN_S:g}:" in TEXT
     assert f"up to {limits.max_messages};" in TEXT
     assert f"up to {limits.max_prompts} texts" in TEXT
     assert f"n up to {limits.max_sequences}" in TEXT

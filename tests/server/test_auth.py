@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from octavo.server.app import App
-from octavo.server.auth import OPEN_PATHS
+from octavo.server.auth import OPEN_PATHS, KeyRing
 from octavo.server.options import ServerOptions
 from octavo.server.routes import ROUTES
 
@@ -102,6 +104,18 @@ def test_keys_are_nowhere_to_be_read(locked) -> None:
     for path in ("/version", "/metrics", "/openapi.json", "/v1/models"):
         text = locked.http.get(path).text
         assert not any(key in text for key in KEYS)
+
+
+def test_a_keys_name_is_its_own_after_every_start() -> None:
+    """It may name what lies on a disk: it depends on no order and tells nothing of the key."""
+    ring, other = KeyRing(KEYS), KeyRing(KEYS[::-1])
+    names = [ring.check("/v1/models", {b"x-api-key": key.encode()}) for key in KEYS]
+    assert names == [other.check("/v1/models", {b"x-api-key": key.encode()}) for key in KEYS]
+    assert len(set(names)) == 2
+    digests = {hashlib.sha256(key.encode()).hexdigest() for key in KEYS}
+    assert all(len(name) == 64 and name not in digests for name in names)
+    assert ring.check("/live", {b"x-api-key": KEYS[0].encode()}) == ""
+    assert KeyRing([]).check("/v1/models", {b"x-api-key": KEYS[0].encode()}) == ""
 
 
 def test_without_keys_everyone_is_welcome(server) -> None:

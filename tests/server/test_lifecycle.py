@@ -222,6 +222,8 @@ def test_the_greeting_has_a_line_to_try() -> None:
         assert f"Octavo serves tiny at {url}:{port} (cpu; context 8192 tokens" in text
         assert f"curl {url}:{port}/v1/chat/completions" in text
     with bind("127.0.0.1", 0) as listener:
-        options = ServerOptions(engine=config, api_keys=("secret",))
+        options = ServerOptions(engine=config, api_keys=("secret",), admin_socket="/run/octavo")
+        assert "Admin socket" not in text
         text = greeting(options, capacity, listener)
+    assert text.endswith("\nAdmin socket: /run/octavo\n")
     assert "Authorization" in text and "secret" not in text

@@ -3,59 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 
-class Running:
-    """`octavo serve` of the tiny model."""
-
-    def __init__(self, model: Path) -> None:
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "octavo.cli.main",
-            "serve",
-            str(model),
-            "--port",
-            "0",
-        ]
-        command += ["--served-model-name", "tiny", "--memory", "8MiB"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        line = self.process.stderr.readline()  # the greeting comes once requests are welcome
-        match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        assert match, line + self.process.stderr.read()
-        self.port = int(match[1])
-        self.url = match[0]
-
-    @property
-    def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return int(children.split()[0])
-
-    def finish(self) -> tuple[int, str]:
-        """The exit code, and the last line on stderr."""
-        _, errors = self.process.communicate(timeout=10)
-        return self.process.returncode, errors.strip().rpartition("\n")[2]
-
-
 @pytest.fixture
-def running(tiny_model_path: Path) -> Iterator[Running]:
-    server = Running(tiny_model_path)
-    yield server
-    if server.process.poll() is None:
-        server.process.kill()
-    server.process.communicate()
+def running(start_real: Callable[..., Any]) -> Any:
+    return start_real()
 
 
 def is_alive(pid: int) -> bool:
@@ -78,7 +38,7 @@ def listening_inodes(pid: int) -> set[str]:
     return held & listening
 
 
-def test_the_processes_are_what_they_should_be(running: Running) -> None:
+def test_the_processes_are_what_they_should_be(running: Any) -> None:
     body = {"prompt": "hello", "max_tokens": 3, "temperature": 0}
     answer = httpx.post(f"{running.url}/v1/completions", json=body).json()
     assert answer["usage"]["completion_tokens"] == 3
@@ -94,14 +54,14 @@ def test_the_processes_are_what_they_should_be(running: Running) -> None:
     assert code == 0
 
 
-def test_a_killed_engine_ends_the_server_with_one_sentence(running: Running) -> None:
+def test_a_killed_engine_ends_the_server_with_one_sentence(running: Any) -> None:
     os.kill(running.engine_pid, signal.SIGKILL)
     code, line = running.finish()
     assert code == 1
     assert line == "octavo serve: error: the engine process ended unexpectedly (signal 9)"
 
 
-def test_a_killed_server_takes_the_engine_with_it(running: Running) -> None:
+def test_a_killed_server_takes_the_engine_with_it(running: Any) -> None:
     engine = running.engine_pid
     running.process.kill()
     deadline = time.monotonic() + 2
