@@ -56,7 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     use_prefix_cache: bool = True
     kv_disk: str | None = None
     kv_disk_bytes: int = 10 << 30
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: Literal["fcfs", "priority", "fair"] = "fcfs"
     backend: Literal["cpu", "reference"] = "cpu"
     quantization: Quantization | None = None
 

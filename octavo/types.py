@@ -143,6 +143,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
         prompt_ids: at least one token id.
         params: complete: max_tokens and seed are set, `stop_token_ids` are the user's own.
         priority: smaller runs first under the priority policy; equal ones in order of arrival.
+        client: whom it is for: under the policy "fair" clients take turns.
         cache: who may share its blocks, and how long they stay.
     """
 
@@ -150,6 +151,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    client: str = ""
     cache: CacheParams = OPEN_CACHE
 
 

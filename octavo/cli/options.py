@@ -92,7 +92,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="the most that they may take there (default: 10GiB)",
     )  # fmt: skip
     group.add_argument(
-        "--policy", choices=("fcfs", "priority"), default=fields["policy"],
+        "--policy", choices=("fcfs", "priority", "fair"), default=fields["policy"],
         help="order of the queue (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(

@@ -145,6 +145,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache: CacheParams = OPEN_CACHE,
+        client: str = "",
     ) -> AsyncIterator[OutputDelta]:
         """Answer a prompt, a delta at a time.
 
@@ -161,7 +162,13 @@ class AsyncEngine:
         # aborted request cannot be taken for one of a later request that bears the same name.
         number = str(next(self._numbers))
         request = complete_request(
-            number, prompt_ids, params, capacity, priority=priority, cache=cache
+            number,
+            prompt_ids,
+            params,
+            capacity,
+            priority=priority,
+            cache=cache,
+            client=client,
         )
         _log.debug("request %s is %s in the engine", request_id, number)
         self._processor.add(number, len(prompt_ids), request.params, shown_id=request_id)

@@ -106,6 +106,7 @@ def complete_request(
     *,
     priority: int = 0,
     cache: CacheParams = OPEN_CACHE,
+    client: str = "",
 ) -> EngineRequest:
     """The request as the engine takes it: checked, with max_tokens and seed set.
 
@@ -136,6 +137,7 @@ def complete_request(
         params=msgspec.structs.replace(params, max_tokens=max_tokens, seed=seed),
         priority=priority,
         cache=cache,
+        client=client,
     )
 
 

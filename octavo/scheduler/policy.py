@@ -1,7 +1,10 @@
 """Who goes first: the order of the waiting queue, and how prompts share what a step has for them.
 
 Two orders meet here. The *rank* says who is admitted first and who is preempted last: by arrival
-("fcfs"), or by the request's priority and then by arrival ("priority"). The order *by what remains*
+("fcfs"), or by the request's priority and then by arrival ("priority"), where waiting counts too:
+`AGEING_S` seconds are worth one priority, so nobody waits for ever. Under the policy "fair" the
+clients take turns by the service that they have had (see `fairness`), and both orders hold within
+a client. The order *by what remains*
 says who gets tokens: the shortest prompt first, so that a short one is never stuck behind a long
 one. Alone it would starve the long one, hence `PromptShares`
 (docs/decisions/040-fair-chunking.md).
@@ -13,15 +16,18 @@ from typing import Literal
 
 from octavo.scheduler.request import Rank, Sequence
 
-Policy = Literal["fcfs", "priority"]
+Policy = Literal["fcfs", "priority", "fair"]
+
+AGEING_S = 30.0
+"""A request goes before those that arrive so much later with a priority better by one."""
 
 GUARANTEED_PART = 4
 """One token in so many goes to the prompt that is first in rank."""
 
 
-def urgency(policy: Policy, priority: int) -> int:
-    """The first part of a request's rank."""
-    return priority if policy == "priority" else 0
+def urgency(policy: Policy, priority: int, now: float) -> int:
+    """The first part of the rank of a request that arrives now."""
+    return priority + int(now // AGEING_S) if policy == "priority" else 0
 
 
 def by_rank(seq: Sequence) -> Rank:

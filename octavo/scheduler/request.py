@@ -43,6 +43,7 @@ class Request:
         stop_ids: every token that ends a sequence: eos_ids and the user's.
         sequences: `params.num_sequences` of them.
         search: the beam search, if it is one; its beams are `live`, best first.
+        client: whom it is for, for the policy "fair".
         num_unfinished: sequences that have not ended.
         is_started: a sequence of it has run.
         num_cached_tokens: prompt tokens that the prefix cache served when it started.
@@ -55,6 +56,7 @@ class Request:
     num_prompt_tokens: int
     eos_ids: frozenset[int]
     stop_ids: frozenset[int]
+    client: str = ""
     search: BeamSearch | None = None
     sequences: list[Sequence] = field(default_factory=list)
     live: list[Sequence] = field(default_factory=list)

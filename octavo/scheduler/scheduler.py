@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequestError
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.tiers import LowerTier, TierMoves
 from octavo.scheduler.beams import BeamSearch
+from octavo.scheduler.fairness import FairList, TokenCounters
 from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
 from octavo.scheduler.limits import RequestLimits, reserve_pin
 from octavo.scheduler.messages import beam_update, new_sequence
@@ -38,7 +40,7 @@ from octavo.scheduler.reports import prefix_report
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
 from octavo.scheduler.supply import BlockSupply, Step
-from octavo.scheduler.waiting import DrainRate, RankedList
+from octavo.scheduler.waiting import DrainRate, RankedList, WaitingQueue
 from octavo.types import (
     CacheStats,
     Capacity,
@@ -94,7 +96,11 @@ class Scheduler:
         if on_admitted is not None:
             self._cache.remember_misses()
         self._requests: dict[str, Request] = {}
-        self._waiting = RankedList()
+        # Under the policy "fair" alone.
+        self._counters = TokenCounters() if config.policy == "fair" else None
+        self._waiting: WaitingQueue = (
+            RankedList() if self._counters is None else FairList(self._counters)
+        )
         self._shares = PromptShares()
         self._drain_rate = DrainRate()
         self._rows = Rows(num_rows)
@@ -131,9 +137,10 @@ class Scheduler:
             num_prompt_tokens=len(request.prompt_ids),
             eos_ids=eos_ids,
             stop_ids=eos_ids.union(params.stop_token_ids),
+            client=request.client,
             num_unfinished=params.num_sequences,
         )
-        record.sequences = self._make_sequences(record, request)
+        record.sequences = self._make_sequences(record, request, now)
         if request.cache.pin_s:
             record.pin_names = reserve_pin(self._cache, record.sequences[0], now)
             record.pin_s = request.cache.pin_s
@@ -142,6 +149,8 @@ class Scheduler:
             record.search = BeamSearch(params, record.stop_ids, max_num_output_tokens)
             record.live = record.sequences[:1]
         self._requests[request.request_id] = record
+        if self._counters is not None:
+            self._counters.enter(request.client)
         self._num_arrivals += 1
         self._num_unstarted_requests += 1
         self._num_alive_sequences += params.num_sequences
@@ -313,13 +322,19 @@ class Scheduler:
         shares: dict[Sequence, int] = {}
         if len(prompts) > 1:
             guaranteed = self._shares.take_guaranteed(step.num_left)
-            self._share_out(step, sorted(prompts, key=by_rank), guaranteed, shares)
+            self._share_out(step, self._in_turn(prompts, by_rank), guaranteed, shares)
             if not step.may_admit:
                 prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
-            prompts.sort(key=by_remaining)
+            prompts = self._in_turn(prompts, by_remaining)
         self._share_out(step, prompts, step.num_left, shares)
         for seq, num_new in shares.items():
             self._schedule_chunk(step, seq, num_new)
+
+    def _in_turn(self, prompts: list[Sequence], key: Callable[[Sequence], Any]) -> list[Sequence]:
+        """Sort by a key, under the policy "fair" within each client."""
+        if self._counters is None:
+            return sorted(prompts, key=key)
+        return self._counters.sort(prompts, key)
 
     def _share_out(
         self, step: Step, prompts: list[Sequence], num_tokens: int, shares: dict[Sequence, int]
@@ -393,6 +408,9 @@ class Scheduler:
             self._num_unstarted_requests -= 1
             self._num_prompt_tokens += request.num_prompt_tokens
             self._drain_rate.note_start(now)
+            if self._counters is not None:
+                computed = request.num_prompt_tokens - num_cached
+                self._counters.charge(request.client, num_prompt_tokens=computed)
         seq.num_computed_tokens = num_cached
         seq.status = Status.RUNNING
         self._rows.insert(seq)
@@ -418,7 +436,7 @@ class Scheduler:
         if seq.num_computed_tokens // self._block_size > table.num_committed_blocks:
             self._cache.commit(table, seq.token_ids, seq.num_computed_tokens)
         finish_reason = seq.append(token_id)
-        self._num_generation_tokens += 1
+        self._count_output(request)
         is_first = seq.num_output_tokens == 1
         if is_first and request.pin_names:
             self._cache.pin(request.pin_names, self._now + request.pin_s)
@@ -449,7 +467,7 @@ class Scheduler:
         self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
         if seq.num_output_tokens == 0 and request.pin_names:
             self._cache.pin(request.pin_names, self._now + request.pin_s)
-        self._num_generation_tokens += 1
+        self._count_output(request)
         (seq.beam.next,) = sampled.logprobs
         self._release(request)
         live = request.live
@@ -492,7 +510,14 @@ class Scheduler:
         if request.num_unfinished == 0:
             self._cache.cancel_pin(request.pin_names)
             del self._requests[request.request_id]
+            if self._counters is not None:
+                self._counters.leave(request.client)
             self._num_unstarted_requests -= not request.is_started
+
+    def _count_output(self, request: Request) -> None:
+        self._num_generation_tokens += 1
+        if self._counters is not None:
+            self._counters.charge(request.client, num_output_tokens=1)
 
     # ---- Small things --------------------------------------------------------------------------
 
@@ -505,9 +530,11 @@ class Scheduler:
         most = self._config.max_num_waiting
         self._drain_rate.refuse_if_full(self._num_unstarted_requests, most, now)
 
-    def _make_sequences(self, record: Request, request: EngineRequest) -> list[Sequence]:
+    def _make_sequences(
+        self, record: Request, request: EngineRequest, now: float
+    ) -> list[Sequence]:
         """The sequences of a new request, all of them held."""
-        rank = urgency(self._config.policy, request.priority), self._num_arrivals
+        rank = urgency(self._config.policy, request.priority, now), self._num_arrivals
         prompt = array("i", request.prompt_ids)
         return [
             Sequence(

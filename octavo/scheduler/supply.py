@@ -9,7 +9,7 @@ from octavo.kv_cache.manager import KVCacheManager
 from octavo.scheduler.groups import Groups
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
-from octavo.scheduler.waiting import RankedList
+from octavo.scheduler.waiting import WaitingQueue
 from octavo.types import BlockCopy, NewSequence, ScheduledSequence
 
 
@@ -46,7 +46,7 @@ class BlockSupply:
         cache: KVCacheManager,
         rows: Rows,
         groups: Groups,
-        waiting: RankedList,
+        waiting: WaitingQueue,
         wait: Callable[[Sequence], None],
     ) -> None:
         """Work on a scheduler's parts; `wait` puts a sequence into `waiting`."""

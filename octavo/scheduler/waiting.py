@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from typing import Protocol
 
 from octavo.errors import OverloadedError
 from octavo.scheduler.policy import by_rank
 from octavo.scheduler.request import Sequence
+
+
+class WaitingQueue(Protocol):
+    """Sequences that hold nothing, in the order in which they are admitted."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def add(self, seq: Sequence) -> None:
+        """Put a sequence in its place."""
+        ...
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a sequence out; it must be there."""
+        ...
+
+    def first(self, count: int) -> list[Sequence]:
+        """The first `count` of them, or as many as there are."""
+        ...
 
 
 class RankedList:

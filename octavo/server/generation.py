@@ -104,6 +104,7 @@ class Generation:
             self._params,
             request_id=self._service.new_engine_id(self._exchange.request_id),
             priority=self._priority,
+            client=self._exchange.key_name,
             cache=self._cache,
         )
         async with aclosing(cast("AsyncGenerator[OutputDelta]", answer)) as deltas:

@@ -47,6 +47,7 @@ class Engine(Protocol):
         request_id: str,
         priority: int = 0,
         cache: CacheParams = OPEN_CACHE,
+        client: str = "",
     ) -> AsyncIterator[OutputDelta]:
         """The answer, piece by piece: an async generator; closing it aborts the request."""
 

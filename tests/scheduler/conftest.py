@@ -337,6 +337,7 @@ class World:
         priority: int = 0,
         name: str = "",
         cache: CacheParams = OPEN_CACHE,
+        client: str = "",
         **params: object,
     ) -> str:
         """Add a request that by default ignores end-of-text; returns its id."""
@@ -350,6 +351,7 @@ class World:
                 params=SamplingParams(**values),  # type: ignore[arg-type]
                 priority=priority,
                 cache=cache,
+                client=client,
             ),
             float(self.num_steps),
         )

@@ -32,7 +32,7 @@ SMALL_WORLDS = st.fixed_dictionaries(
         "max_num_batched_tokens": st.one_of(st.integers(1, 4), st.integers(5, 40)),
         "max_num_waiting": st.integers(1, 6),
         "use_prefix_cache": st.booleans(),
-        "policy": st.sampled_from(["fcfs", "priority"]),
+        "policy": st.sampled_from(["fcfs", "priority", "fair"]),
         "tier": st.sampled_from([None, None, (1, 1000), (100, 1000), (100, 5)]),
     }
 )
@@ -110,6 +110,7 @@ class Histories(RuleBasedStateMachine):
             prompt_ids=prompt or [1],
             params=params,
             priority=priority,
+            client=str(priority),
             cache=cache,
         )
         self.scheduler._cache.end_pins(float(self.world.num_steps))

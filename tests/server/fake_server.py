@@ -145,6 +145,7 @@ class FakeEngine:
         request_id: str,
         priority: int = 0,
         cache: CacheParams = OPEN_CACHE,
+        client: str = "",
     ) -> AsyncGenerator[OutputDelta]:
         assert self.capacity is not None and self.tokenizer is not None
         params = complete_request(
