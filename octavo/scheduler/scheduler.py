@@ -230,10 +230,11 @@ class Scheduler:
         self._now = now
         self._cache.end_pins(now)
         step = self._plan(now)
-        while not step.scheduled and self._rows.running:
+        while not step.scheduled and (self._rows.running or not step.may_admit):
             # Beams that wait for one another hold blocks which others of them, or of another
-            # search, wait for.
-            self._supply.preempt_last(step)
+            # search, wait for. If the last group that ran had to go, others may come now.
+            if self._rows.running:
+                self._supply.preempt_last(step)
             step = self._plan(now)
         if not step.scheduled:
             return SchedulerOutput()
