@@ -224,6 +224,21 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks whose bytes were no longer those that were written."""
 
 
+class BlockUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the used blocks of the KV pool hold, a snapshot."""
+
+    num_tokens: int = 0
+    """Tokens whose K and V lie in them; those of a shared block count once."""
+    num_empty_slots: int = 0
+    """Slots that are reserved for a sequence's next tokens."""
+    num_shared_blocks: int = 0
+    """Blocks that more than one sequence refers to."""
+    num_saved_blocks: int = 0
+    """How many more there would be if nothing were shared."""
+    num_copies: int = 0
+    """Blocks copied since the start because a sequence wrote into one that others held too."""
+
+
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """The KV pool and its prefix cache, a snapshot."""
 
@@ -232,6 +247,7 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks that a living sequence refers to."""
     num_blocks_cached: int = 0
     """Free blocks whose content the prefix cache can still serve."""
+    use: BlockUse = BlockUse()
     num_blocks_pinned: int = 0
     """Blocks that stay cached for a time because a request asked for it."""
     num_queries: int = 0

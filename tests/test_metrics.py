@@ -7,7 +7,7 @@ import re
 import pytest
 
 from octavo.metrics import METRICS, Metrics
-from octavo.types import CacheStats, Capacity, EngineStats, KVPool, TierStats
+from octavo.types import BlockUse, CacheStats, Capacity, EngineStats, KVPool, TierStats
 
 NAMES = {
     "octavo_build_info": "",
@@ -19,6 +19,11 @@ NAMES = {
     "octavo_http_requests_total": "",
     "octavo_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "octavo_kv_cache_blocks": "",
+    "octavo_kv_cache_tokens": "",
+    "octavo_kv_cache_empty_slots": "",
+    "octavo_kv_cache_blocks_shared": "",
+    "octavo_kv_cache_blocks_saved": "",
+    "octavo_kv_cache_block_copies_total": "",
     "octavo_kv_cache_blocks_cached": "",
     "octavo_kv_cache_blocks_pinned": "",
     "octavo_kv_cache_blocks_used": "",
@@ -102,6 +107,13 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
             num_blocks=8,
             num_blocks_used=2,
             num_blocks_cached=1,
+            use=BlockUse(
+                num_tokens=40,
+                num_empty_slots=8,
+                num_shared_blocks=2,
+                num_saved_blocks=3,
+                num_copies=7,
+            ),
             num_blocks_pinned=3,
             num_queries=90,
             num_hits=32,
@@ -125,6 +137,11 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
         "octavo_kv_cache_blocks": 8,
         "octavo_kv_cache_blocks_used": 2,
         "octavo_kv_cache_blocks_cached": 1,
+        "octavo_kv_cache_tokens": 40,
+        "octavo_kv_cache_empty_slots": 8,
+        "octavo_kv_cache_blocks_shared": 2,
+        "octavo_kv_cache_blocks_saved": 3,
+        "octavo_kv_cache_block_copies_total": 7,
         "octavo_kv_cache_blocks_pinned": 3,
         "vllm:kv_cache_usage_perc": 0.25,
         "octavo_preemptions_total": 7,

@@ -79,6 +79,9 @@ class KVCacheManager:
     Attributes:
         num_queried_tokens: tokens looked up in the prefix cache, counted as blocks are given.
         num_hit_tokens: tokens of them that it served.
+        num_copies: blocks that were copied because a table wrote into one that others held too.
+        num_references: blocks of all tables, a shared one as often as it is shared.
+        num_shared_blocks: blocks that stand in more than one table.
         has_lower_tier: note in `stores` what the tier below the pool should keep.
         stores: (hash, block id) of cached blocks that `allocate` gave away, and of those before
             them in their chains; to be read before the new owners write.
@@ -92,6 +95,9 @@ class KVCacheManager:
         self.use_prefix_cache = use_prefix_cache
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self.num_copies = 0
+        self.num_references = 0
+        self.num_shared_blocks = 0
         self.has_lower_tier = False
         self.stores: list[tuple[bytes, int]] = []
         self._num_stores = 0
@@ -192,7 +198,7 @@ class KVCacheManager:
         """Let an empty table hold every block of another one; nothing is copied."""
         assert not child.block_ids, "a table is forked into an empty one"
         for block_id in parent.block_ids:
-            self._blocks.ref_count[block_id] += 1
+            self._refer(block_id)
         child.block_ids = parent.block_ids[:]
         child.num_committed_blocks = parent.num_committed_blocks
         child.hashes = parent.hashes[:]
@@ -236,7 +242,8 @@ class KVCacheManager:
             return None
         source = table.block_ids[index]
         assert self._blocks.ref_count[source] > 1, "the block is the table's own already"
-        self._blocks.ref_count[source] -= 1
+        self._drop_reference(source)
+        self.num_copies += 1
         table.block_ids[index] = destination = self._take()
         return source, destination
 
@@ -271,7 +278,7 @@ class KVCacheManager:
         ref_count, hashes, free = self._blocks.ref_count, self._blocks.hash, self._blocks.free
         pinned = self._pins.until
         for block_id in reversed(table.block_ids):
-            ref_count[block_id] -= 1
+            self._drop_reference(block_id)
             if ref_count[block_id]:
                 continue
             prefix_hash = hashes[block_id]
@@ -458,6 +465,8 @@ class KVCacheManager:
         assert len(cached_idle) == self._num_cached_idle
         for block_id in range(len(blocks)):
             assert blocks.ref_count[block_id] == references[block_id], "a reference is miscounted"
+        assert self.num_references == references.total()
+        assert self.num_shared_blocks == sum(count > 1 for count in references.values())
         hashed = {h: b for b, h in enumerate(blocks.hash) if h is not None}
         assert hashed == self._block_of, "the hash map and the blocks' hashes differ"
 
@@ -469,7 +478,19 @@ class KVCacheManager:
             else:
                 self._blocks.free.remove(block_id)
                 self._num_cached_idle -= 1
+        self._refer(block_id)
+
+    def _refer(self, block_id: int) -> None:
+        """Count a reference to a block that is not in the free list."""
         self._blocks.ref_count[block_id] += 1
+        self.num_references += 1
+        self.num_shared_blocks += self._blocks.ref_count[block_id] == 2
+
+    def _drop_reference(self, block_id: int) -> None:
+        """Count a reference less; the block stays where it is."""
+        self.num_shared_blocks -= self._blocks.ref_count[block_id] == 2
+        self._blocks.ref_count[block_id] -= 1
+        self.num_references -= 1
 
     def _take(self) -> int:
         """Take the first free block; what it still holds is forgotten."""
@@ -483,7 +504,7 @@ class KVCacheManager:
             self._num_cached_idle -= 1
             if self._misses is not None:
                 self._misses.note_loss(prefix_hash, "evicted")
-        self._blocks.ref_count[block_id] = 1
+        self._refer(block_id)
         return block_id
 
     def _store(self, prefix_hash: bytes, block_id: int) -> None:

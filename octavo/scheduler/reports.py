@@ -6,7 +6,31 @@ from collections.abc import Iterable
 
 from octavo.kv_cache.manager import KVCacheManager, PrefixMatch
 from octavo.scheduler.request import Sequence
-from octavo.types import PrefixReport
+from octavo.types import BlockUse, PrefixReport
+
+
+def block_use(cache: KVCacheManager, running: Iterable[Sequence]) -> BlockUse:
+    """What the blocks of the running sequences hold; call it when no step is in flight."""
+    size = cache.block_size
+    num_empty = 0
+    unfilled: dict[int, int] = {}  # Empty slots of blocks that siblings may share.
+    for seq in running:
+        block_ids, num_computed = seq.table.block_ids, seq.num_computed_tokens
+        if not seq.request.is_group:
+            num_empty += len(block_ids) * size - num_computed
+            continue
+        for index in range(num_computed // size, len(block_ids)):
+            empty = min(size, (index + 1) * size - num_computed)
+            unfilled[block_ids[index]] = min(empty, unfilled.get(block_ids[index], size))
+    num_empty += sum(unfilled.values())
+    num_used = cache.num_referenced_blocks
+    return BlockUse(
+        num_tokens=num_used * size - num_empty,
+        num_empty_slots=num_empty,
+        num_shared_blocks=cache.num_shared_blocks,
+        num_saved_blocks=cache.num_references - num_used,
+        num_copies=cache.num_copies,
+    )
 
 
 def prefix_report(

@@ -36,7 +36,7 @@ from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
 from octavo.scheduler.limits import RequestLimits, reserve_pin
 from octavo.scheduler.messages import beam_update, new_sequence
 from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
-from octavo.scheduler.reports import prefix_report
+from octavo.scheduler.reports import block_use, prefix_report
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
 from octavo.scheduler.supply import BlockSupply, Step
@@ -70,6 +70,7 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         lower: LowerTier | None = None,
         on_admitted: Callable[[PrefixReport], None] | None = None,
+        cache: KVCacheManager | None = None,
     ) -> None:
         """Start without requests.
 
@@ -80,6 +81,7 @@ class Scheduler:
             lower: where blocks go that leave the pool.
             on_admitted: is told what the prefix cache did for each admitted sequence, and why not
                 more. That takes memory and time; None: neither.
+            cache: hands out the pool's blocks; None makes one. Benchmarks put other policies here.
         """
         self._config = config
         pool = capacity.kv_pool
@@ -88,7 +90,7 @@ class Scheduler:
         num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._limits = RequestLimits(capacity, num_rows)
         self._eos_token_ids = eos_token_ids
-        self._cache = KVCacheManager(
+        self._cache = cache or KVCacheManager(
             pool.num_blocks, pool.block_size, config.use_prefix_cache, pool.identity
         )
         self._tiers = TierMoves(self._cache, lower)
@@ -189,6 +191,7 @@ class Scheduler:
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
             num_blocks_cached=self._cache.num_cached_idle_blocks,
+            use=block_use(self._cache, self._rows.running),
             num_blocks_pinned=self._cache.num_pinned_blocks,
             num_queries=self._cache.num_queried_tokens,
             num_hits=self._cache.num_hit_tokens,

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def octavo(*arguments: str, stdin: str = "") -> str:
     done = subprocess.run(
@@ -65,6 +67,16 @@ def test_bench(smollm2_path: Path) -> None:
         assert 16 <= figures["output_tokens"] <= 32
         assert figures["output_tokens_per_s"] > 0
         assert figures["ttft_ms_p50"] <= figures["ttft_ms_p99"]
+
+
+@pytest.mark.parametrize("group", [(), ("--n", "3"), ("--beams", "4")])
+def test_bench_memory(smollm2_path: Path, group: tuple[str, ...]) -> None:
+    small = ("--requests", "4", "--input-len", "40-50", "--output-len", "4-8", "--memory", "64MiB")
+    figures = json.loads(octavo("bench", "memory", *group, *small, "--json"))
+    parts = ("tokens_bytes", "reserved_bytes", "cached_bytes", "free_bytes")
+    assert sum(figures[part] for part in parts) == pytest.approx(figures["pool_bytes"], rel=1e-6)
+    assert 0.5 < figures["holding_tokens_ratio"] <= 1
+    assert (figures["block_copies"] > 0) == (figures["saved_by_sharing_ratio"] > 0) == bool(group)
 
 
 def test_bench_startup(smollm2_path: Path) -> None:

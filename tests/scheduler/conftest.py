@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -373,7 +374,24 @@ class World:
         self.updates += updates
         self.num_steps += 1
         self.scheduler.check_invariants()
+        self._check_use()
         return updates
+
+    def _check_use(self) -> None:
+        """The accounts are those of the slots themselves."""
+        size, cache = self.config.block_size, self.scheduler.stats().cache
+        running = self.scheduler._rows.running
+        slots = {
+            (seq.table.block_ids[position // size], position % size)
+            for seq in running
+            for position in range(seq.num_computed_tokens)
+        }
+        held = Counter(block_id for seq in running for block_id in seq.table.block_ids)
+        use = cache.use
+        assert use.num_tokens == len(slots)
+        assert use.num_empty_slots == cache.num_blocks_used * size - len(slots)
+        assert use.num_shared_blocks == sum(count > 1 for count in held.values())
+        assert use.num_saved_blocks == held.total() - len(held)
 
     def step(self) -> list[TokenUpdate]:
         """One whole step."""

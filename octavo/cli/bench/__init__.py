@@ -3,6 +3,7 @@
 octavo bench startup     from exec to the first token, and the memory of all processes
 octavo bench latency     one request at a time: time to first token, time a token
 octavo bench throughput  many requests through the engine, without HTTP
+octavo bench memory      what every byte of the KV pool is while many requests run
 octavo bench serve       many clients against a running server, with HTTP
 """
 
@@ -14,7 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-KINDS = ("startup", "latency", "throughput", "serve")
+KINDS = ("startup", "latency", "throughput", "memory", "serve")
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+
+import msgspec
 
 from octavo.cli.bench.workload import (
     Job,
@@ -17,6 +20,8 @@ from octavo.cli.progress import ProgressLine
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.types import EngineRequest, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +54,14 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return {"concurrency": options.concurrency, "backend": capacity.backend, **figures}
 
 
-def closed_loop(core: EngineCore, jobs: list[Job], concurrency: int) -> list[Timing]:
-    """Run the jobs, at most `concurrency` at once; greedy, to their full length."""
+def closed_loop(
+    core: EngineCore,
+    jobs: list[Job],
+    concurrency: int,
+    params: SamplingParams = GREEDY,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[Timing]:
+    """Run the jobs, at most `concurrency` at once, to their full length."""
     waiting = list(enumerate(jobs))[::-1]
     began: dict[str, float] = {}
     times: dict[str, list[float]] = {}
@@ -60,17 +71,16 @@ def closed_loop(core: EngineCore, jobs: list[Job], concurrency: int) -> list[Tim
             number, job = waiting.pop()
             name = f"bench-{number}"
             began[name], times[name] = time.perf_counter(), []
-            core.add(_request(name, job))
-            running += 1
+            core.add(_request(name, job, params))
+            running += params.n
         for update in core.step():
             now = time.perf_counter() - began[update.request_id]
             times[update.request_id].extend([now] * len(update.token_ids))
             running -= update.finish_reason is not None
+        after_step()
     return [Timing(t) for t in times.values()]
 
 
-def _request(name: str, job: Job) -> EngineRequest:
-    params = SamplingParams(
-        temperature=0.0, max_tokens=job.num_output_tokens, ignore_eos=True, seed=0
-    )
-    return EngineRequest(request_id=name, prompt_ids=job.prompt_ids, params=params)
+def _request(name: str, job: Job, params: SamplingParams) -> EngineRequest:
+    whole = msgspec.structs.replace(params, max_tokens=job.num_output_tokens)
+    return EngineRequest(request_id=name, prompt_ids=job.prompt_ids, params=whole)
