@@ -35,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         block_size: tokens a KV block.
         kv_dtype: how K and V are kept: "fp16", or "int8" in a good half of the memory.
         use_prefix_cache: serve known prefixes from the cache.
+        kv_disk: a folder of its own for KV blocks that leave the pool; None drops them.
+        kv_disk_bytes: the most that they may take there.
         policy: order of the waiting queue.
         num_threads: threads of the CPU backend.
         backend: "cpu" (native) or "reference" (numpy).
@@ -52,6 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_dtype: Literal["fp16", "int8"] = "fp16"
     use_prefix_cache: bool = True
+    kv_disk: str | None = None
+    kv_disk_bytes: int = 10 << 30
     policy: Literal["fcfs", "priority", "fair"] = "fcfs"
     backend: Literal["cpu", "reference"] = "cpu"
     quantization: Quantization | None = None
@@ -67,6 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 ("--max-num-seqs", self.max_num_seqs, 1),
                 ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
                 ("--max-num-waiting", self.max_num_waiting, 1),
+                ("--kv-disk-size", self.kv_disk_bytes, 1),
             )
             if value < least
         ]
@@ -78,6 +83,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.kv_dtype not in ("fp16", "int8"):
             faults.append(f"--kv-dtype must be fp16 or int8, not {self.kv_dtype}")
+        if self.kv_disk is not None and not self.use_prefix_cache:
+            faults.append("--kv-disk keeps prefixes: leave out --no-prefix-cache, or --kv-disk")
         if faults:
             raise ConfigError("; ".join(faults))
         return self

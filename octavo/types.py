@@ -210,6 +210,20 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Name and details for people, such as "cpu avx512 2 threads"."""
 
 
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The tier below the KV pool, a snapshot; zeros where there is none."""
+
+    num_bytes: int = 0
+    num_blocks: int = 0
+    num_hits: int = 0
+    """Blocks that came back from it."""
+    num_writes: int = 0
+    num_drops: int = 0
+    """Blocks that were not kept because too many waited to be written."""
+    num_corrupt: int = 0
+    """Blocks whose bytes were no longer those that were written."""
+
+
 class BlockUse(msgspec.Struct, frozen=True, kw_only=True):
     """What the used blocks of the KV pool hold, a snapshot."""
 
@@ -239,7 +253,8 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     num_queries: int = 0
     """Prompt tokens that the prefix cache looked up."""
     num_hits: int = 0
-    """Prompt tokens that the prefix cache served."""
+    """Prompt tokens that the prefix cache served, also from below the pool."""
+    lower: TierStats = TierStats()
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -469,6 +484,10 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     is_sampling: bool
 
 
+BlockMove = tuple[bytes, int]
+"""The hash of a prefix, and the id of the block that holds K and V of its last tokens."""
+
+
 class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One step for the executor, applied in the order of its fields."""
 
@@ -476,7 +495,11 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
     """Rows that ended or were preempted, maybe before any step of theirs: forget them."""
     forks: tuple[Fork, ...] = ()
     new_sequences: tuple[NewSequence, ...] = ()
+    stores: tuple[BlockMove, ...] = ()
+    """Blocks to keep in the tier below the pool before anything overwrites them."""
     copies: tuple[BlockCopy, ...] = ()
+    loads: tuple[BlockMove, ...] = ()
+    """Blocks to fill with what that tier has fetched."""
     scheduled: tuple[ScheduledSequence, ...] = ()
 
     @property

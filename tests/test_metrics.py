@@ -7,7 +7,7 @@ import re
 import pytest
 
 from octavo.metrics import METRICS, Metrics
-from octavo.types import BlockUse, CacheStats, Capacity, EngineStats, KVPool
+from octavo.types import BlockUse, CacheStats, Capacity, EngineStats, KVPool, TierStats
 
 NAMES = {
     "octavo_build_info": "",
@@ -29,6 +29,12 @@ NAMES = {
     "octavo_kv_cache_blocks_used": "",
     "octavo_kv_cache_bytes": "",
     "octavo_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
+    "octavo_kv_disk_blocks": "",
+    "octavo_kv_disk_bytes": "",
+    "octavo_kv_disk_corrupt_total": "",
+    "octavo_kv_disk_drops_total": "",
+    "octavo_kv_disk_hits_total": "",
+    "octavo_kv_disk_writes_total": "",
     "octavo_preemptions_total": "vllm:num_preemptions_total",
     "octavo_prefix_cache_hits_total": "vllm:prefix_cache_hits_total",
     "octavo_prefix_cache_queries_total": "vllm:prefix_cache_queries_total",
@@ -111,6 +117,9 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
             num_blocks_pinned=3,
             num_queries=90,
             num_hits=32,
+            lower=TierStats(
+                num_bytes=9, num_blocks=4, num_hits=3, num_writes=5, num_drops=1, num_corrupt=6
+            ),
         ),
         num_preemptions=7,
         prompt_tokens=100,
@@ -140,6 +149,12 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
         "vllm:generation_tokens_total": 50,
         "octavo_prefix_cache_queries_total": 90,
         "octavo_prefix_cache_hits_total": 32,
+        "octavo_kv_disk_bytes": 9,
+        "octavo_kv_disk_blocks": 4,
+        "octavo_kv_disk_hits_total": 3,
+        "octavo_kv_disk_writes_total": 5,
+        "octavo_kv_disk_drops_total": 1,
+        "octavo_kv_disk_corrupt_total": 6,
         "octavo_engine_steps_total": 11,
         "octavo_engine_step_seconds_total": 0.25,
         "octavo_ready": 1,

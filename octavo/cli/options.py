@@ -84,6 +84,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-cache", action="store_true", help="compute every prompt from its beginning"
     )
     group.add_argument(
+        "--kv-disk", metavar="DIR",
+        help="a folder for KV blocks that leave the memory (default: drop them)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-disk-size", type=number, metavar="BYTES", default=fields["kv_disk_bytes"],
+        help="the most that they may take there (default: 10GiB)",
+    )  # fmt: skip
+    group.add_argument(
         "--policy", choices=("fcfs", "priority", "fair"), default=fields["policy"],
         help="order of the queue (default: %(default)s)",
     )  # fmt: skip
@@ -118,6 +126,8 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         block_size=options.block_size,
         kv_dtype=options.kv_dtype,
         use_prefix_cache=not options.no_prefix_cache,
+        kv_disk=options.kv_disk,
+        kv_disk_bytes=options.kv_disk_size,
         policy=options.policy,
         backend=options.backend,
         quantization=options.quantization,

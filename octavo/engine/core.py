@@ -96,7 +96,7 @@ class EngineCore:
             raise
         # Asked once: a scheduler that explains misses remembers what it lost from the beginning.
         on_admitted = log_prefix if _log.isEnabledFor(logging.DEBUG) else None
-        scheduler = Scheduler(config, capacity, find_eos(), on_admitted)
+        scheduler = Scheduler(config, capacity, find_eos(), executor.tier, on_admitted)
         return cls(executor, scheduler, capacity, clock)
 
     def add(self, request: EngineRequest) -> None:

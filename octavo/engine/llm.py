@@ -49,6 +49,8 @@ class LLMOptions(TypedDict, total=False):
     block_size: int
     kv_dtype: Literal["fp16", "int8"]
     prefix_cache: bool
+    kv_disk: str | None
+    kv_disk_size: str | int
     backend: Literal["cpu", "reference"]
     quantization: Quantization | None
 
@@ -334,7 +336,8 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
         )
     memory = options.get("memory")
     threads = options.get("threads")
-    renamed = {"memory", "threads", "prefix_cache"}
+    disk_size = options.get("kv_disk_size", "10GiB")
+    renamed = {"memory", "threads", "prefix_cache", "kv_disk_size"}
     others = {name: value for name, value in options.items() if name not in renamed}
     path = source.resolve(model)
     values: dict[str, Any] = {
@@ -344,6 +347,7 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
         "num_threads": available_cpus() if threads is None else threads,
         "max_num_waiting": sys.maxsize,
         "use_prefix_cache": options.get("prefix_cache", True),
+        "kv_disk_bytes": parse_size(disk_size) if isinstance(disk_size, str) else disk_size,
         **others,
     }
     try:

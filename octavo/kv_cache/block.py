@@ -17,15 +17,19 @@ class Blocks:
     Attributes:
         ref_count: how many block tables hold the block; it is free when that is 0.
         hash: the prefix hash under which the cache serves the block's content, or None.
+        parent: the hash before it in its chain; means something while the block has a hash.
+        store_round: when its content was last given to the tier below the pool, 0 never; likewise.
         free: the free blocks, the next one to be taken first.
     """
 
-    __slots__ = ("free", "hash", "ref_count")
+    __slots__ = ("free", "hash", "parent", "ref_count", "store_round")
 
     def __init__(self, num_blocks: int) -> None:
         """Start with every block free and without content, in the order of ids."""
         self.ref_count = array("i", bytes(4 * num_blocks))
         self.hash: list[bytes | None] = [None] * num_blocks
+        self.parent: list[bytes] = [b""] * num_blocks
+        self.store_round = array("i", bytes(4 * num_blocks))
         self.free = FreeList(num_blocks)
 
     def __len__(self) -> int:

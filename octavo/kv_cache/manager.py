@@ -82,6 +82,9 @@ class KVCacheManager:
         num_copies: blocks that were copied because a table wrote into one that others held too.
         num_references: blocks of all tables, a shared one as often as it is shared.
         num_shared_blocks: blocks that stand in more than one table.
+        has_lower_tier: note in `stores` what the tier below the pool should keep.
+        stores: (hash, block id) of cached blocks that `allocate` gave away, and of those before
+            them in their chains; to be read before the new owners write.
     """
 
     def __init__(
@@ -95,6 +98,9 @@ class KVCacheManager:
         self.num_copies = 0
         self.num_references = 0
         self.num_shared_blocks = 0
+        self.has_lower_tier = False
+        self.stores: list[tuple[bytes, int]] = []
+        self._num_stores = 0
         self._blocks = Blocks(num_blocks)
         self._block_of: dict[bytes, int] = {}
         self._num_cached_idle = 0
@@ -258,6 +264,8 @@ class KVCacheManager:
             if prefix_hash not in self._block_of:
                 self._block_of[prefix_hash] = block_id
                 self._blocks.hash[block_id] = prefix_hash
+                self._blocks.parent[block_id] = table.hashes[i - 1] if i else table.root
+                self._blocks.store_round[block_id] = 0
         table.num_committed_blocks = max(table.num_committed_blocks, num_full)
 
     def free(self, table: BlockTable) -> None:
@@ -489,6 +497,8 @@ class KVCacheManager:
         block_id = self._blocks.free.pop_first()
         prefix_hash = self._blocks.hash[block_id]
         if prefix_hash is not None:
+            if self.has_lower_tier:
+                self._store(prefix_hash, block_id)
             del self._block_of[prefix_hash]
             self._blocks.hash[block_id] = None
             self._num_cached_idle -= 1
@@ -496,3 +506,23 @@ class KVCacheManager:
                 self._misses.note_loss(prefix_hash, "evicted")
         self._refer(block_id)
         return block_id
+
+    def _store(self, prefix_hash: bytes, block_id: int) -> None:
+        """Have a block stored that is being evicted, and before it those that lead to it.
+
+        The first blocks of a chain are the last to be evicted. Without them nothing of the chain
+        would be found after a restart. They are named anew once in a while, or the tier would
+        take those that are never evicted for the least recently used.
+        """
+        blocks = self._blocks
+        chain = [(prefix_hash, block_id)]
+        this_round = 1 + self._num_stores // len(blocks)
+        before = self._block_of.get(blocks.parent[block_id])
+        while before is not None and blocks.store_round[before] != this_round:
+            name = blocks.hash[before]
+            assert name is not None
+            chain.append((name, before))
+            blocks.store_round[before] = this_round
+            before = self._block_of.get(blocks.parent[before])
+        self._num_stores += len(chain)
+        self.stores += reversed(chain)

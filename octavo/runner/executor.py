@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from pathlib import Path
 
 from octavo.config import EngineConfig
+from octavo.runner.block_store import DiskBlockStore
+from octavo.runner.disk_tier import DiskTier
 from octavo.runner.loading import PhaseProgress, load
 from octavo.runner.runner import Runner
 from octavo.types import Capacity, KVPool, ModelOutput, SchedulerOutput
 
 
 class InProcessExecutor:
-    """Loads a model at `start` and computes steps in the caller's thread."""
+    """Loads a model at `start` and computes steps in the caller's thread.
+
+    Attributes:
+        tier: where KV blocks go that leave the pool, once started; None drops them.
+    """
 
     def __init__(
         self,
@@ -32,6 +39,7 @@ class InProcessExecutor:
         self._eos_token_ids = eos_token_ids
         self._progress = progress
         self._runner: Runner | None = None
+        self.tier: DiskTier | None = None
         self._close = _nothing
 
     def start(self) -> Capacity:
@@ -45,12 +53,19 @@ class InProcessExecutor:
         loaded = load(config, self._progress)
         program = loaded.program
         self._close = program.close
+        if config.kv_disk is not None:
+            store = DiskBlockStore(
+                Path(config.kv_disk), loaded.cache_identity.encode(), program.block_bytes(),
+                config.kv_disk_bytes,
+            )  # fmt: skip
+            self.tier = DiskTier(program, store, config.block_size, config.max_num_batched_tokens)
         self._runner = Runner(
             program,
             num_rows=config.max_num_seqs,
             max_model_len=loaded.max_model_len,
             block_size=config.block_size,
             eos_token_ids=self._eos_token_ids(),
+            tier=self.tier,
         )
         return Capacity(
             model=config.served_name,
@@ -81,6 +96,9 @@ class InProcessExecutor:
     def close(self) -> None:
         """Free the model; idempotent."""
         self._runner = None
+        tier, self.tier = self.tier, None
+        if tier is not None:
+            tier.close()
         close, self._close = self._close, _nothing
         close()
 

@@ -9,6 +9,7 @@ import numpy as np
 from octavo.backends.program import Program
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.runner.batch import RowTable, SampledRows
+from octavo.runner.disk_tier import DiskTier
 from octavo.runner.sampler import SamplerTable
 from octavo.types import ModelOutput, SampledTokens, SchedulerOutput, TokenLogprob
 
@@ -27,24 +28,36 @@ class Runner:
         max_model_len: int,
         block_size: int,
         eos_token_ids: Iterable[int],
+        tier: DiskTier | None = None,
     ) -> None:
-        """Serve `program`, whose cache is allocated."""
+        """Serve `program`, whose cache is allocated, with `tier` below it."""
         self._program = program
+        self._tier = tier
         self._rows = RowTable(num_rows, max_model_len, block_size)
         self._sampler = SamplerTable(num_rows, eos_token_ids)
 
     def step(self, plan: SchedulerOutput) -> ModelOutput:
         """Compute a step; one entry for each scheduled row that is_sampling, in order."""
+        if self._tier is not None:
+            self._tier.save(plan.stores)
         self._update_rows(plan)
+        if self._tier is not None:
+            self._tier.load(plan.loads)
         if not plan.scheduled:
             return ModelOutput()
         batch, sampled, sampling_rows = self._build(plan)
-        output = self._program.run(batch, sampling_rows)
+        output = self._run(batch, sampling_rows)
         if sampling_rows is None:
             return ModelOutput()
         self._rows.append_tokens(sampled, output.tokens)
         self._sampler.append_tokens(sampled, output.tokens)
         return _model_output(sampled, sampling_rows, output)
+
+    def _run(self, batch: Batch, rows: SamplingRows | None) -> StepOutput:
+        if self._tier is None:
+            return self._program.run(batch, rows)
+        with self._tier.measure(len(batch.token_ids)):
+            return self._program.run(batch, rows)
 
     def _update_rows(self, plan: SchedulerOutput) -> None:
         for row in plan.finished_rows:

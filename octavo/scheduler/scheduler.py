@@ -29,6 +29,7 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.errors import InvalidRequestError
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.tiers import LowerTier, TierMoves
 from octavo.scheduler.beams import BeamSearch
 from octavo.scheduler.fairness import FairList, TokenCounters
 from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
@@ -67,6 +68,7 @@ class Scheduler:
         config: EngineConfig,
         capacity: Capacity,
         eos_token_ids: frozenset[int],
+        lower: LowerTier | None = None,
         on_admitted: Callable[[PrefixReport], None] | None = None,
         cache: KVCacheManager | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class Scheduler:
             config: gives the limits of a step and of the queue, the policy and the prefix cache.
             capacity: gives the KV pool and max_model_len.
             eos_token_ids: tokens that end a sequence unless its request ignores them.
+            lower: where blocks go that leave the pool.
             on_admitted: is told what the prefix cache did for each admitted sequence, and why not
                 more. That takes memory and time; None: neither.
             cache: hands out the pool's blocks; None makes one. Benchmarks put other policies here.
@@ -90,6 +93,7 @@ class Scheduler:
         self._cache = cache or KVCacheManager(
             pool.num_blocks, pool.block_size, config.use_prefix_cache, pool.identity
         )
+        self._tiers = TierMoves(self._cache, lower)
         self._on_admitted = on_admitted
         if on_admitted is not None:
             self._cache.remember_misses()
@@ -178,7 +182,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes, pinned ones too; return how many blocks they had."""
-        return self._cache.reset_prefix_cache()
+        return self._tiers.clear()
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
@@ -191,6 +195,7 @@ class Scheduler:
             num_blocks_pinned=self._cache.num_pinned_blocks,
             num_queries=self._cache.num_queried_tokens,
             num_hits=self._cache.num_hit_tokens,
+            lower=self._tiers.stats(),
         )
         return EngineStats(
             num_running=num_running,
@@ -228,19 +233,23 @@ class Scheduler:
         self._now = now
         self._cache.end_pins(now)
         step = self._plan(now)
-        while not step.scheduled and self._rows.running:
+        while not step.scheduled and (self._rows.running or not step.may_admit):
             # Beams that wait for one another hold blocks which others of them, or of another
-            # search, wait for.
-            self._supply.preempt_last(step)
+            # search, wait for. If the last group that ran had to go, others may come now.
+            if self._rows.running:
+                self._supply.preempt_last(step)
             step = self._plan(now)
         if not step.scheduled:
             return SchedulerOutput()
         self._in_flight = step
+        stores, loads = self._tiers.take()
         return SchedulerOutput(
             finished_rows=self._rows.take_finished(),
             forks=self._groups.take_forks(),
             new_sequences=tuple(step.new_sequences),
+            stores=stores,
             copies=tuple(step.copies),
+            loads=loads,
             scheduled=tuple(step.scheduled),
         )
 
@@ -310,6 +319,8 @@ class Scheduler:
 
     def _schedule_prompts(self, step: Step, prompts: list[Sequence]) -> None:
         """Share what is left of the budget between running prompts and waiting sequences."""
+        for seq in prompts:
+            self._load(seq)
         if step.may_admit:
             prompts += self._waiting.first(self._rows.num_free)
         shares: dict[Sequence, int] = {}
@@ -383,10 +394,11 @@ class Scheduler:
             if running or not self._cache.drop_pins():  # No pin keeps all from running.
                 step.may_admit = False
                 return False
+        num_cached = self._tiers.load(seq.table, seq.token_ids, prefix.num_tokens)
         if self._on_admitted is not None:
-            self._on_admitted(prefix_report(self._cache, seq, prefix, running))
+            self._on_admitted(prefix_report(self._cache, seq, num_cached, running))
         self._waiting.remove(seq)
-        self._start(seq, prefix.num_tokens, step.now)
+        self._start(seq, num_cached, step.now)
         step.admitted_blocks[seq] = new_blocks
         step.new_sequences.append(new_sequence(seq))
         return True
@@ -407,6 +419,14 @@ class Scheduler:
         seq.status = Status.RUNNING
         self._rows.insert(seq)
 
+    def _load(self, seq: Sequence) -> None:
+        """Have a running prompt's next blocks loaded, if the tier below the pool has them."""
+        request, num_computed = seq.request, seq.num_computed_tokens
+        seq.num_computed_tokens = self._tiers.load(seq.table, seq.token_ids, num_computed)
+        # Preempted ones may load the same blocks again.
+        num_cached = request.num_cached_tokens + seq.num_computed_tokens - num_computed
+        request.num_cached_tokens = min(num_cached, request.num_prompt_tokens - 1)
+
     # ---- Taking results ------------------------------------------------------------------------
 
     def _accept(self, seq: Sequence, sampled: SampledTokens) -> TokenUpdate:
@@ -414,7 +434,7 @@ class Scheduler:
         (token_id,) = sampled.token_ids
         request, table = seq.request, seq.table
         if token_id < 0:
-            self._cache.forget(table)  # Its K and V may be as broken as its logits.
+            self._tiers.discard(table)  # Its K and V may be as broken as its logits.
             self._end(seq)
             return TokenUpdate(request.request_id, seq.index, finish_reason="error")
         if seq.num_computed_tokens // self._block_size > table.num_committed_blocks:
@@ -446,7 +466,7 @@ class Scheduler:
         request = seq.request
         if sampled.token_ids[0] < 0:
             for one in request.sequences:
-                self._cache.forget(one.table)
+                self._tiers.discard(one.table)
             return self._end_all(request, "error")
         self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
         if seq.num_output_tokens == 0 and request.pin_names:

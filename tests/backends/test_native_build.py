@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+PROGRAMS = ["blocks_test", "kernel_test", "linear_test"]
 KERNELS = ("norm", "rope", "activation", "attention", "sample", "linear", "quantize", "table")
 ISA_FLAGS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -59,7 +60,7 @@ def run(command: list[str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["kernel_test", "linear_test"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_run_clean_under_sanitizers(build: Path, program: str) -> None:
     run([str(build / program)])
 
@@ -79,7 +80,7 @@ def arm64_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["kernel_test", "linear_test"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_run_on_arm64(arm64_build: Path, program: str) -> None:
     run(["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(arm64_build / program)])
 

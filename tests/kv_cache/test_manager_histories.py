@@ -240,10 +240,11 @@ class ManagerHistories(RuleBasedStateMachine):
         ]
 
     def _is_cached(self, name: Name) -> bool:
+        """The block itself: those before it may have been forgotten with another table."""
         salt, token_ids = name
         table = self.manager.new_table(salt)
-        found = self.manager.match_prefix(table, array("i", [*token_ids, 9]))
-        return found.num_tokens == len(token_ids)
+        self.manager.match_prefix(table, array("i", [*token_ids, 9]))
+        return bool(table.hashes) and table.hashes[-1] in self.manager._block_of
 
     def _is_referenced(self, block_id: int) -> bool:
         return any(block_id in row.table.block_ids for row in self.rows)

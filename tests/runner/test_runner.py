@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -73,6 +74,46 @@ def test_sampled_tokens_are_the_input_of_the_next_step() -> None:
     batch = program.steps[1][0]
     assert batch.token_ids.tolist() == [31]
     assert batch.slot_mapping[0].tolist() == [5 * 8 + 3]
+
+
+class RecordingTier:
+    """Notes in which order it is called."""
+
+    def __init__(self, program: CountingProgram) -> None:
+        self.program = program
+        self.calls: list[object] = []
+
+    def save(self, stores: object) -> None:
+        self.calls.append(("save", stores, len(self.program.steps)))
+
+    def load(self, loads: object) -> None:
+        self.calls.append(("load", loads, len(self.program.steps)))
+
+    @contextmanager
+    def measure(self, num_tokens: int) -> Iterator[None]:
+        before = len(self.program.steps)
+        yield
+        self.calls.append(("measure", num_tokens, before, len(self.program.steps)))
+
+
+def test_blocks_are_saved_then_loaded_then_the_step_is_computed() -> None:
+    program = CountingProgram()
+    tier = RecordingTier(program)
+    runner = Runner(
+        program,  # type: ignore[arg-type]
+        num_rows=4, max_model_len=64, block_size=8, eos_token_ids=[99],
+        tier=tier,  # type: ignore[arg-type]
+    )  # fmt: skip
+    stores, loads = ((b"old", 5),), ((b"new", 5),)
+    runner.step(
+        SchedulerOutput(
+            new_sequences=(sequence(1, [10, 20, 30], SamplingParams()),),
+            stores=stores,
+            loads=loads,
+            scheduled=(ScheduledSequence(1, 0, 3, (5,), True),),
+        )
+    )
+    assert tier.calls == [("save", stores, 0), ("load", loads, 0), ("measure", 3, 0, 1)]
 
 
 def test_a_step_that_samples_nothing_asks_for_nothing() -> None:

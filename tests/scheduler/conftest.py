@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from octavo.types import (
     SampledTokens,
     SamplingParams,
     SchedulerOutput,
+    TierStats,
     TokenLogprob,
     TokenUpdate,
 )
@@ -125,10 +128,54 @@ class Row:
     num_computed: int = 0
 
 
+Slots = tuple[tuple[int, int], ...]
+"""What lies in the slots of a block: (position, name of the prefix) of each."""
+
+
+class FakeTier:
+    """Keeps what is stored below the pool, and checks what is asked of it."""
+
+    def __init__(self, most_blocks: int, capacity: int = 1_000_000) -> None:
+        self.most_blocks = most_blocks
+        self.capacity = capacity
+        self.blocks: dict[bytes, Slots] = {}
+        self.staged: set[bytes] = set()
+        self.num_loads = 0
+        self._meaning: dict[bytes, Slots] = {}
+
+    def fetch(self, hashes: Sequence[bytes]) -> int:
+        assert len(set(hashes)) == len(hashes)
+        known = list(itertools.takewhile(self.blocks.__contains__, hashes))
+        self.staged.update(known[: self.most_blocks])
+        return len(known[: self.most_blocks])
+
+    def discard(self, hashes: Sequence[bytes]) -> None:
+        for prefix_hash in hashes:
+            self.blocks.pop(prefix_hash, None)
+
+    def clear(self) -> None:
+        self.blocks.clear()
+
+    def stats(self) -> TierStats:
+        return TierStats(num_blocks=len(self.blocks))
+
+    def store(self, prefix_hash: bytes, content: Slots) -> None:
+        assert self._meaning.setdefault(prefix_hash, content) == content, "a hash with two meanings"
+        self.blocks[prefix_hash] = content
+        if len(self.blocks) > self.capacity:
+            del self.blocks[next(iter(self.blocks))]
+
+    def load(self, prefix_hash: bytes) -> Slots:
+        assert prefix_hash in self.staged, "a load of what was not fetched"
+        self.num_loads += 1
+        return self._meaning[prefix_hash]
+
+
 class SimulatedExecutor:
     """Keeps what was last written into each slot, and checks every read against it."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, tier: FakeTier | None = None) -> None:
+        self.tier = tier
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.memory: dict[int, tuple[int, int]] = {}
@@ -141,6 +188,7 @@ class SimulatedExecutor:
         for new in plan.new_sequences:
             assert new.row not in self.rows, "a row is reused before it was told to be finished"
             self.rows[new.row] = Row(new, list(new.token_ids))
+        self._store(plan)
         for copy in plan.copies:
             row = self.rows[copy.row]
             assert row.block_ids[copy.index] == copy.source
@@ -149,6 +197,7 @@ class SimulatedExecutor:
                 source = copy.source * self.block_size + offset
                 if source in self.memory:
                     self.memory[copy.destination * self.block_size + offset] = self.memory[source]
+        self._load(plan)
         before: Row | None = None
         for entry in plan.scheduled:
             row = self.rows[entry.row]
@@ -163,7 +212,8 @@ class SimulatedExecutor:
             assert end <= len(row.token_ids)
             assert end <= len(row.block_ids) * self.block_size, "a token has no slot"
             assert entry.is_sampling == (end == len(row.token_ids))
-            assert row.num_computed in (0, entry.num_computed_tokens), "a chunk was skipped"
+            is_next = row.num_computed in (0, entry.num_computed_tokens)
+            assert is_next or plan.loads, "a chunk was skipped"
             row.num_computed = end
             prefix_names(row.token_ids, row.names)
             self._check_writes(row, entry.num_computed_tokens, end)
@@ -177,6 +227,25 @@ class SimulatedExecutor:
                 if self._check_reads(self.rows[entry.row]) and entry.is_sampling
             )
         )
+
+    def _store(self, plan: SchedulerOutput) -> None:
+        """Keep blocks in the tier."""
+        assert self.tier is not None or not (plan.stores or plan.loads)
+        for prefix_hash, block_id in plan.stores:
+            assert self.tier is not None
+            begin = block_id * self.block_size
+            slots = range(begin, begin + self.block_size)
+            self.tier.store(prefix_hash, tuple(self.memory[slot] for slot in slots))
+
+    def _load(self, plan: SchedulerOutput) -> None:
+        """Fill blocks from the tier."""
+        if self.tier is None:
+            return
+        for prefix_hash, block_id in plan.loads:
+            begin = block_id * self.block_size
+            for offset, content in enumerate(self.tier.load(prefix_hash)):
+                self.memory[begin + offset] = content
+        self.tier.staged.clear()
 
     def _fork(self, plan: SchedulerOutput) -> None:
         """A row is, whole, what its parent was before, up to the last token."""
@@ -227,6 +296,7 @@ class World:
         *,
         num_blocks: int = 64,
         max_model_len: int = 1024,
+        tier: FakeTier | None = None,
         reports: list[PrefixReport] | None = None,
         **options: object,
     ) -> None:
@@ -254,8 +324,8 @@ class World:
             backend="fake",
         )
         on_admitted = None if reports is None else reports.append
-        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}), on_admitted)
-        self.executor = SimulatedExecutor(num_blocks, self.config.block_size)
+        self.scheduler = Scheduler(self.config, self.capacity, frozenset({EOS}), tier, on_admitted)
+        self.executor = SimulatedExecutor(num_blocks, self.config.block_size, tier)
         self.num_steps = 0
         self.plan = SchedulerOutput()
         self.updates: list[TokenUpdate] = []
@@ -369,7 +439,12 @@ class World:
 def simulation() -> SimpleNamespace:
     """The names of this file that tests use (test folders are no packages to import from)."""
     return SimpleNamespace(
-        World=World, run_alone=run_alone, search_alone=search_alone, EOS=EOS, VOCAB_SIZE=VOCAB_SIZE
+        World=World,
+        FakeTier=FakeTier,
+        run_alone=run_alone,
+        search_alone=search_alone,
+        EOS=EOS,
+        VOCAB_SIZE=VOCAB_SIZE,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.scheduler.beams import Continuation
@@ -40,3 +41,18 @@ def test_a_beam_that_finds_no_row_is_not_taken_for_what_it_was_before() -> None:
     assert other.token_ids.tolist() == [1, 2, 3, 4, 6]
     found = cache.match_prefix(other.table, other.token_ids)
     assert found.block_ids == tuple(parent.table.block_ids)
+
+
+def test_when_the_last_group_that_runs_must_go_others_come(make_world: Any) -> None:
+    """In the same step: a plan of nothing would look as if there were nothing to do."""
+    world = make_world(
+        num_blocks=10, max_model_len=8, block_size=1, max_num_seqs=3, max_num_batched_tokens=6,
+        use_prefix_cache=False,
+    )  # fmt: skip
+    for _ in range(2):
+        world.add([1], max_tokens=4)
+    world.add(
+        [2, 2, 2, 2], best_of=2, use_beam_search=True, temperature=0, early_stopping=True,
+        max_tokens=3,
+    )  # fmt: skip
+    world.drain()  # Asserts that each plan has something to compute.

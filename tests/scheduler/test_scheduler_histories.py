@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from octavo.errors import ContextLengthError, InvalidRequestError, OverloadedError
-from octavo.types import CacheParams, EngineRequest, SamplingParams
+from octavo.types import CacheParams, EngineRequest, PrefixReport, SamplingParams
 
 SMALL_WORLDS = st.fixed_dictionaries(
     {
@@ -33,6 +33,7 @@ SMALL_WORLDS = st.fixed_dictionaries(
         "max_num_waiting": st.integers(1, 6),
         "use_prefix_cache": st.booleans(),
         "policy": st.sampled_from(["fcfs", "priority", "fair"]),
+        "tier": st.sampled_from([None, None, (1, 1000), (100, 1000), (100, 5)]),
     }
 )
 # Few beginnings and few token ids, so that prompts share prefixes all the time.
@@ -84,7 +85,10 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(options=SMALL_WORLDS, explains=st.booleans())
     def start(self, options: dict[str, Any], explains: bool) -> None:
-        self.world = self.simulation.World(**options, reports=[] if explains else None)
+        tier = options.pop("tier")
+        self.tier = None if tier is None else self.simulation.FakeTier(*tier)
+        reports: list[PrefixReport] | None = [] if explains else None
+        self.world = self.simulation.World(**options, tier=self.tier, reports=reports)
         self.scheduler = self.world.scheduler
 
     @rule(
@@ -160,6 +164,7 @@ class Histories(RuleBasedStateMachine):
         self.scheduler.check_invariants()
         cache = self.scheduler.stats().cache
         assert cache.num_blocks_cached == cache.num_blocks_pinned == 0
+        assert self.tier is None or not self.tier.blocks
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
