@@ -203,7 +203,7 @@ class Paper:
             least = low if model is OPT_13B else None
             return dataclasses.replace(claim, low=low, high=high, least=least)
         if system is FASTER_TRANSFORMER:
-            return dataclasses.replace(claim, low=1.0, high=22.0)
+            return dataclasses.replace(claim, low=0.0, high=22.0)
         if (model, source.name, system) == (OPT_13B, "Alpaca", ORCA_ORACLE):
             return dataclasses.replace(claim, low=1.3, high=1.3, least=1.0)
         return claim
