@@ -49,7 +49,9 @@ def draw_memory(records: list[Record]) -> plt.Figure:
             bottom += part
     bars.set_xticks(range(4), NAMES[3::-1])
     bars.set(ylabel="percent of the KV pool", title="2: OPT-13B, ShareGPT at 2 requests/s")
-    bars.legend(loc="lower center", fontsize=8, framealpha=0.9)
+    bars.set_ylim(0, 128)
+    bars.set_yticks(range(0, 101, 20))
+    bars.legend(loc="upper center", ncols=2, fontsize=8)
     for source, style in (("ShareGPT", "o-"), ("Alpaca", "s--")):
         points = sorted(
             (r["block_size"], 100 * r["waste"])
@@ -70,7 +72,8 @@ def draw_memory(records: list[Record]) -> plt.Figure:
 def draw_curves(axes: plt.Axes, records: list[Record], title: str) -> None:
     """Latency over rate of several systems."""
     for record in records:
-        curve = record["curve"]
+        num_below = sum(latency <= TOP_LATENCY for _, latency in record["curve"])
+        curve = record["curve"][: num_below + 1]
         name = record["system"]
         line = "-" if "prefix" not in name else "--"
         axes.plot(
@@ -100,7 +103,9 @@ def draw_grid(
         chosen = [
             r
             for r in records
-            if "curve" in r and r["has_overhead"] and (r["model"], r["source"]) == (model, source)
+            if "curve" in r
+            and (r["has_overhead"] or r["system"] == "FasterTransformer")
+            and (r["model"], r["source"]) == (model, source)
         ]
         chosen.sort(key=lambda r: list(COLORS).index(r["system"]))
         draw_curves(axes, chosen, title)

@@ -6,7 +6,7 @@
 The real scheduler and KV manager serve the paper's traces in simulated time; its baselines are
 other allocation policies behind the same scheduler (policies.py); a step takes what cost.py says.
 `--quick` takes five minutes' traces of the smallest model, under a minute on two idle cores, and
-prints the tables. Without it traces last as long as the paper's, half an hour on two idle cores,
+prints the tables. Without it traces last as long as the paper's, some 20 minutes on two idle cores,
 and docs/paper.md and its plots are written (benchmarks/paper/requirements.txt); with `--keep` each
 result is appended to a file, and those in it are not computed again. The exit code is 1 where a
 target is missed. What is simulated is the same on every machine.

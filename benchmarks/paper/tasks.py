@@ -111,15 +111,16 @@ class Task:
 
     def _averages(self, result: Result, num_jobs: int) -> Record:
         memory = result.memory
-        record = {
-            "shares": self._shares(result),
+        record: Record = {
             "num_batched": result.num_batched,
-            "waste": 1 - memory.held / memory.taken,
             "num_preemptions": result.num_preemptions,
         }
-        if memory.unshared:
+        if memory.unshared:  # Tokens that several hold would count several times below.
             record["saved"] = 1 - memory.taken / memory.unshared
             record["copies_a_request"] = result.num_copies / num_jobs
+        else:
+            record["shares"] = self._shares(result)
+            record["waste"] = 1 - memory.held / memory.taken
         return record
 
     def _shares(self, result: Result) -> dict[str, float]:

@@ -54,8 +54,10 @@ def test_tables_name_what_is_missed_and_the_page_explains_what_differs() -> None
     assert rows[3].split()[-4:] == ["<=", "4", "MISSED", "more"]
     page = report.document(claims, "made up", LATENCY)
     assert "| 17 | a chat | 2.00x | **1.50x** | >= 1.6 MISSED |  |" in page
-    assert "- Figure 17, a chat: 1.50x against 2.00x. Prompts" in page
-    assert "Figure 2, within" not in page and "made up" in page
+    assert "- a chat (figure 17), 1.50x against 2.00x. Prompts" in page
+    assert "- within" not in page and "made up" in page
+    assert report.paper_text(Claim("12", "a range", 2.0, 1.7, 2.7, unit="x")) == "1.7 to 2.7x"
+    assert report.paper_text(Claim("12", "no range", 2.0, 0.0, 22.0, unit="x")) == "up to 22x"
 
 
 def test_results_that_were_kept_are_not_computed_again(tmp_path: Path) -> None:
