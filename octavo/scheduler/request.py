@@ -41,6 +41,7 @@ class Request:
     Attributes:
         eos_ids: the model's own tokens that end a sequence; none if they are to be ignored.
         stop_ids: every token that ends a sequence: eos_ids and the user's.
+        is_group: it has several sequences, which share blocks.
         sequences: `params.num_sequences` of them.
         search: the beam search, if it is one; its beams are `live`, best first.
         client: whom it is for, for the policy "fair".
@@ -58,6 +59,7 @@ class Request:
     stop_ids: frozenset[int]
     client: str = ""
     search: BeamSearch | None = None
+    is_group: bool = False
     sequences: list[Sequence] = field(default_factory=list)
     live: list[Sequence] = field(default_factory=list)
     num_unfinished: int = 0
@@ -65,11 +67,6 @@ class Request:
     num_cached_tokens: int = 0
     pin_names: tuple[bytes, ...] = ()
     pin_s: float = 0.0
-
-    @property
-    def is_group(self) -> bool:
-        """Whether it has several sequences, which share blocks."""
-        return len(self.sequences) > 1
 
     @property
     def held(self) -> list[Sequence]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 from octavo.scheduler.policy import by_rank
 from octavo.scheduler.request import Sequence
@@ -29,11 +30,10 @@ class Rows:
         """Rows that no sequence has."""
         return len(self._free)
 
-    def __getitem__(self, row: int) -> Sequence:
-        """The sequence of a row; there must be one."""
-        seq = self._sequences[row]
-        assert seq is not None, "the row is not in use"
-        return seq
+    def find(self, rows: Iterable[int]) -> list[Sequence]:
+        """The sequences of rows that are in use."""
+        sequences = self._sequences
+        return [seq for row in rows if (seq := sequences[row]) is not None]
 
     def insert(self, seq: Sequence) -> None:
         """Give a sequence a free row; there must be one."""

@@ -141,6 +141,7 @@ class Scheduler:
             stop_ids=eos_ids.union(params.stop_token_ids),
             client=request.client,
             num_unfinished=params.num_sequences,
+            is_group=params.num_sequences > 1,
         )
         record.sequences = self._make_sequences(record, request, now)
         if request.cache.pin_s:
@@ -261,7 +262,8 @@ class Scheduler:
         for seq in step.unsampled:
             self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
         updates = []
-        sequences = [self._rows[sampled.row] for sampled in output.sampled]
+        # All at once: an end below frees rows, and a beam may take one of them.
+        sequences = self._rows.find([sampled.row for sampled in output.sampled])
         for seq, sampled in zip(sequences, output.sampled, strict=True):
             if seq.status is not Status.RUNNING:
                 continue  # It was aborted meanwhile, or its group has ended.
@@ -298,8 +300,9 @@ class Scheduler:
                 if num_tokens > num_computed:
                     prompts.append(seq)
                 continue
-            if seq.request.is_group and seq.request is not group:
-                group = seq.request
+            request = seq.request
+            if request.is_group and request is not group:
+                group = request
                 if not self._supply.make_room(group, step):
                     break  # It was the last one in rank, and the one that had to go.
             new_blocks: tuple[int, ...] = ()
@@ -308,12 +311,12 @@ class Scheduler:
                 if grown is None:
                     break
                 new_blocks = grown
-            elif group is seq.request:
+            elif group is request:
                 self._supply.own_block(seq, num_computed // block_size, step)
             scheduled.append(ScheduledSequence(seq.row, num_computed, 1, new_blocks, True))
             seq.num_computed_tokens = num_tokens
             step.num_left -= 1
-            if group is seq.request and seq.num_output_tokens == 0:
+            if group is request and seq.num_output_tokens == 0:
                 self._schedule_forks(seq, step)
         return prompts
 
@@ -440,7 +443,9 @@ class Scheduler:
         if seq.num_computed_tokens // self._block_size > table.num_committed_blocks:
             self._cache.commit(table, seq.token_ids, seq.num_computed_tokens)
         finish_reason = seq.append(token_id)
-        self._count_output(request)
+        self._num_generation_tokens += 1
+        if self._counters is not None:
+            self._counters.charge(request.client, num_output_tokens=1)
         is_first = seq.num_output_tokens == 1
         if is_first and request.pin_names:
             self._cache.pin(request.pin_names, self._now + request.pin_s)
@@ -471,7 +476,9 @@ class Scheduler:
         self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
         if seq.num_output_tokens == 0 and request.pin_names:
             self._cache.pin(request.pin_names, self._now + request.pin_s)
-        self._count_output(request)
+        self._num_generation_tokens += 1
+        if self._counters is not None:
+            self._counters.charge(request.client, num_output_tokens=1)
         (seq.beam.next,) = sampled.logprobs
         self._release(request)
         live = request.live
@@ -517,11 +524,6 @@ class Scheduler:
             if self._counters is not None:
                 self._counters.leave(request.client)
             self._num_unstarted_requests -= not request.is_started
-
-    def _count_output(self, request: Request) -> None:
-        self._num_generation_tokens += 1
-        if self._counters is not None:
-            self._counters.charge(request.client, num_output_tokens=1)
 
     # ---- Small things --------------------------------------------------------------------------
 
