@@ -98,11 +98,12 @@ def serve(sock: socket.socket) -> int:
         core = _load(channel)
         if core is None:
             return 0
-        # What is there now stays: without this, a full collection walks it in the midst of a step.
-        gc.collect()
-        gc.freeze()
-        channel.send(EngineReady(capacity=core.capacity))
-        EngineLoop(core, channel).run()
+        with contextlib.closing(core):
+            # What is there now stays: otherwise a full collection walks it in the midst of a step.
+            gc.collect()
+            gc.freeze()
+            channel.send(EngineReady(capacity=core.capacity))
+            EngineLoop(core, channel).run()
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the parent has gone; nobody is left to tell
     except Exception as error:

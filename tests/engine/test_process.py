@@ -55,6 +55,7 @@ class FakeCore:
     def __init__(self) -> None:
         self.alive: list[str] = []
         self.num_steps = 0
+        self.is_closed = False
         self.add_error: Exception | None = None
         self.step_error: Exception | None = None
 
@@ -69,6 +70,9 @@ class FakeCore:
 
     def reset_prefix_cache(self) -> int:
         return 17
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def has_work(self) -> bool:
         return bool(self.alive)
@@ -168,6 +172,7 @@ def test_from_start_to_hanging_up(monkeypatch: pytest.MonkeyPatch) -> None:
             last = record
         assert last.updates == [], "an end without tokens still shows in the statistics"
     assert parent.exit_code == 0
+    assert core.is_closed
     assert core.num_steps == last.stats.num_steps, "an idle engine takes no steps"
 
 
@@ -226,6 +231,7 @@ def test_a_broken_step_ends_the_engine_with_a_sentence(
         assert isinstance(failed, EngineFailed)
         assert failed.message.startswith(message)
     assert parent.exit_code == 1
+    assert core.is_closed
 
 
 def test_a_failed_load_ends_the_engine_with_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

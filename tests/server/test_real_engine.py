@@ -68,3 +68,17 @@ def test_a_killed_server_takes_the_engine_with_it(running: Any) -> None:
     while is_alive(engine):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_ctrl_c_ends_it_without_a_word(
+    start_real: Callable[..., Any], tmp_path: Path, has_disk: bool
+) -> None:
+    server = start_real(*(["--kv-disk", str(tmp_path / "disk")] if has_disk else []))
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 4}
+    assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    server.process.send_signal(signal.SIGINT)
+    _, errors = server.process.communicate(timeout=10)
+    assert server.process.returncode == 0
+    said = [line for line in errors.splitlines() if not line.startswith(("Try it:", "  curl"))]
+    assert said == []
