@@ -39,6 +39,7 @@ from octavo.models import registry
 from octavo.models.gemma3 import Gemma3Config
 from octavo.models.rope import LinearScaling, Llama3Scaling
 from octavo.runner.loading import stored_weights
+from octavo.runner.quantization import QuantizedWeights, choose_formats
 from octavo.tokenizer.load import load_tokenizer
 from octavo.weights import source
 from octavo.weights.loader import open_model
@@ -488,12 +489,19 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="file, folder or name of the model")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
     parser.add_argument("--int8-cache", action="store_true", help="compare KV caches alone")
+    parser.add_argument(
+        "--quantization", choices=("int8", "int4"), help="with --quick: judge dense weights so"
+    )
     parser.add_argument("--quick", action="store_true", help="leave the reference backend out")
     args = parser.parse_args()
     path = source.resolve(args.model)
     text = read_text(args.text, 16 * args.tokens)
     token_ids = load_tokenizer(path).encode(text)[: args.tokens]
     model, weights = load(path)
+    judged = weights
+    if args.quantization is not None:
+        formats = choose_formats(model.graph, weights, args.quantization)
+        judged = QuantizedWeights(weights, formats, available_cpus())
     oracle = None
     if not (args.int8_cache or args.no_transformers):
         oracle = build_transformers(model, weights)
@@ -503,7 +511,7 @@ def main() -> None:
         if args.int8_cache:
             streams, pairs = cache_streams(model, weights, window)
         elif args.quick:
-            streams, pairs = quick_streams(model, weights, window, oracle)
+            streams, pairs = quick_streams(model, judged, window, oracle)
         else:
             streams, pairs = all_streams(model, weights, window, oracle)
         found = compare(streams, pairs, window, progress=True, found=found)
