@@ -79,7 +79,8 @@ def test_no_step_writes_into_a_block_that_it_does_not_own(
     core = EngineCore.load(config.validate())
     try:
         assert core.capacity.kv_pool.num_blocks == NUM_BLOCKS
-        runner = core._executor._runner  # type: ignore[attr-defined]
+        executor: Any = core._executor
+        runner = executor._runner
         guard = runner._program = GuardedProgram(runner._program, 8)
         count = 12 if backend == "cpu" else 6
         requests = make_requests(count, 262, max_prompt=9, max_tokens=30, kinds=GROUPS)

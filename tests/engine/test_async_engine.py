@@ -25,7 +25,7 @@ from octavo.errors import (
     OverloadedError,
 )
 from octavo.tokenizer.tokenizer import Tokenizer
-from octavo.types import CacheParams, OutputDelta, SamplingParams
+from octavo.types import OPEN_CACHE, CacheParams, OutputDelta, SamplingParams
 
 MakeConfig = Callable[..., EngineConfig]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -196,14 +196,16 @@ def test_a_reset_forgets_what_was_cached(
     async def use(engine: AsyncEngine) -> None:
         prompt = list(range(40))
 
-        async def num_cached(**fields: object) -> int:
-            cache = CacheParams(**fields)  # type: ignore[arg-type]
+        async def num_cached(cache: CacheParams = OPEN_CACHE) -> int:
             stream = engine.generate(prompt, GREEDY, request_id="a", cache=cache)
             return [d async for d in stream][-1].usage.num_cached_tokens
 
         assert [await num_cached(), await num_cached()] == [0, 32]
-        assert [await num_cached(salt="a"), await num_cached(scope="a")] == [0, 0]
-        assert await num_cached(pin_s=60) == 32
+        assert [
+            await num_cached(CacheParams(salt="a")),
+            await num_cached(CacheParams(scope="a")),
+        ] == [0, 0]
+        assert await num_cached(CacheParams(pin_s=60)) == 32
         assert engine.stats.cache.num_blocks_pinned == 2
         assert await engine.reset_prefix_cache() == 6
         await until(lambda: engine.stats.cache.num_blocks_pinned == 0)

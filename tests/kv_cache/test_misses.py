@@ -27,7 +27,9 @@ def fill(manager: KVCacheManager, token_ids: array[int], salt: str = "") -> Bloc
     return table
 
 
-def why(manager: KVCacheManager, *token_ids: int, salt: str = "", beside: tuple = ()) -> object:  # type: ignore[type-arg]
+def why(
+    manager: KVCacheManager, *token_ids: int, salt: str = "", beside: tuple[BlockTable, ...] = ()
+) -> object:
     table, asked = manager.new_table(salt), tokens(*token_ids)
     prefix = manager.match_prefix(table, asked)
     return manager.explain_miss(table, asked, prefix, [table, *beside])
