@@ -390,7 +390,8 @@ class Scheduler:
             return False
         prefix = self._groups.find_prefix(seq)
         running = self._rows.running
-        num_reserved = RESERVED_BLOCKS * sum([one.request is not seq.request for one in running])
+        num_siblings = sum([one.status is Status.RUNNING for one in seq.request.sequences])
+        num_reserved = RESERVED_BLOCKS * (len(running) - num_siblings)
         while (
             new_blocks := self._cache.allocate(seq.table, len(seq.token_ids), prefix, num_reserved)
         ) is None:
