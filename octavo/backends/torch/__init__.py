@@ -1,0 +1,1 @@
+"""The torch backend: the graph on CUDA and ROCm devices, and on torch's CPU device for tests."""

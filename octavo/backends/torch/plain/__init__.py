@@ -1,0 +1,1 @@
+"""The kernels in torch alone: slow and obvious, on any device."""
