@@ -146,17 +146,21 @@ class GroupedWeight:
     """A grouped integer weight, packed for products; made by weights.pack_grouped.
 
     Attributes:
-        codes: uint8, as weights.pack_grouped lays them out.
-        scales, minimums: likewise; no minimums: None.
+        codes: int32 [blocks, out_features, 16], words as `weights` lays them out.
+        scales, minimums: float16 [groups, out_features]; no minimums: None.
+        factors: float32 [out_features], powers of two that scales and minimums are multiplied with.
         bits: of a code as packed, 4 or 8.
-        group: columns a group.
+        zero: the code that stands for 0.
+        group: columns a group, a multiple of 16.
         shape: (out_features, in_features).
     """
 
     codes: Tensor
     scales: Tensor
     minimums: Tensor | None
+    factors: Tensor
     bits: int
+    zero: int
     group: int
     shape: tuple[int, int]
 
@@ -200,8 +204,7 @@ class Kernels:
         matmul: (x [T, K], weight [N, K] of x's dtype, bias of x's dtype [N] or None) → [T, N], each
             row in the same order of sums whatever T.
         grouped_linear: (x [T, K], weight, bias or None, deterministic) → [T, N].
-        quantized_linear: (x, weight, bias or None, dtype of the result) → [T, N]; whatever T, the
-            same sums.
+        quantized_linear: (x, weight, bias or None, dtype of the result, deterministic) → [T, N].
         sample: (logits [S, V] float32, which it may overwrite, rows) → Sampled.
         copy_blocks: (pool uint8 [layers, num_blocks, bytes], pairs int32 [P, 2]) → None. Copies
             whole blocks over all layers; no destination is a source of the same call.
@@ -216,6 +219,8 @@ class Kernels:
     attention: Callable[[Tensor, LayerCache, StepArrays, op.PagedAttention, bool], Tensor]
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     grouped_linear: Callable[[Tensor, GroupedWeight, Tensor | None, bool], Tensor]
-    quantized_linear: Callable[[Quantized, QuantizedWeight, Tensor | None, torch.dtype], Tensor]
+    quantized_linear: Callable[
+        [Quantized, QuantizedWeight, Tensor | None, torch.dtype, bool], Tensor
+    ]
     sample: Callable[[Tensor, SampleArrays], Sampled]
     copy_blocks: Callable[[Tensor, Tensor], None]

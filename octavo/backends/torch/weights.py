@@ -1,0 +1,308 @@
+"""Stored weights on the device: dense, packed in groups, or as int8 and fp8 codes.
+
+The bytes of the file go to the device as they are and are unpacked there, some rows at a time.
+
+Grouped weights are packed for products (Triton's kernels and `unpack_grouped` read this layout): a
+slot is 16 columns that stand side by side, so they share a group. A word of 32 bits has one code of
+each of 8 slots of 4 bits, or 4 slots of 8 bits, the first slot in the lowest bits: word w of a
+block has column 16 * slot + w of every slot. Words stand as [blocks, out_features, 16]: what the
+rows of a tile need of a block is one piece of memory, and unpacking is a shift and a mask, with the
+columns of a slot in the order of x. Scales and minimums are float16, [groups, out_features], and
+each row has a power of two that they are multiplied with, so that none overflows and those of
+float16 (one level) stay as they are; those of two levels (the K-quants) are rounded to 11 bits.
+
+Bytes a weight with 4 bits: 0.5625 with groups of 32, 0.625 with minimums too; with 8 bits 1.0625,
+and 1.125 with groups of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.backends.torch.kernels import GroupedWeight, QuantizedWeight
+from octavo.errors import KernelError
+from octavo.graph.tensors import (
+    Codes,
+    DenseTensor,
+    GroupedTensor,
+    GroupScales,
+    Scales,
+    StoredTensor,
+)
+
+WeightMode = Literal["int8 row", "fp8 row", "fp8 block"]
+"""One scale a row, or one a block of 128 rows by 128 columns."""
+
+SLOT = 16
+"""Columns that stand side by side in the words of a block."""
+BLOCK = 128
+"""Rows and columns that share a scale in "fp8 block"."""
+
+_CHUNK = 1 << 25
+"""Numbers that are unpacked at a time."""
+_INT8_MAX, _FP8_MAX = 127.0, 448.0
+_SMALLEST_PEAK = 2.0**-120
+_TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+Weight: TypeAlias = Tensor | GroupedWeight | QuantizedWeight
+
+
+def block_columns(bits: int) -> int:
+    """Columns of a block of words."""
+    return SLOT * 32 // bits
+
+
+def dense(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight in floating point, of any stored form, rounded once."""
+    if isinstance(tensor, DenseTensor):
+        stored = _to_device(tensor.data, torch.device("cpu"))
+        if tensor.dtype == "bf16":
+            stored = stored.view(torch.bfloat16)
+        return stored.to(device).to(dtype)
+    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+    for rows in _chunks(tensor.shape):
+        values = _codes(tensor.codes, rows, device).to(torch.float32) - tensor.codes.zero
+        groups = values.unflatten(1, (-1, tensor.group))
+        groups = groups * _scales(tensor.scales, rows, device)[:, :, None]
+        if tensor.minimums is not None:
+            groups = groups + _scales(tensor.minimums, rows, device)[:, :, None]
+        out[rows] = groups.flatten(1).to(dtype)
+    return out
+
+
+def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
+    """Pack a grouped weight for products.
+
+    Raises:
+        KernelError: its groups are not whole slots.
+    """
+    num_rows, columns = tensor.shape
+    if tensor.group % SLOT:
+        raise KernelError(
+            f"groups of {tensor.group} columns are not supported; take a file with groups of a "
+            f"multiple of {SLOT}"
+        )
+    bits = 4 if tensor.bits <= 4 else 8
+    num_blocks = -(-columns // block_columns(bits))
+    num_groups = -(-num_blocks * block_columns(bits) // tensor.group)
+    words = torch.empty((num_blocks, num_rows, SLOT), dtype=torch.int32, device=device)
+    shape = (num_groups, num_rows)
+    scales = torch.zeros(shape, dtype=torch.float16, device=device)
+    minimums = None if tensor.minimums is None else torch.zeros_like(scales)
+    factors = torch.empty(num_rows, dtype=torch.float32, device=device)
+    for rows in _chunks(tensor.shape):
+        words[:, rows] = _words(_codes(tensor.codes, rows, device), bits)
+        scale = _scales(tensor.scales, rows, device)
+        peak = scale.abs() * 2.0**bits
+        if tensor.minimums is not None and minimums is not None:
+            minimum = _scales(tensor.minimums, rows, device)
+            peak = peak + minimum.abs()
+            factors[rows], up = _row_factors(peak)
+            minimums[: minimum.shape[1], rows] = (minimum * up).to(torch.float16).T
+        else:
+            factors[rows], up = _row_factors(peak)
+        scales[: scale.shape[1], rows] = (scale * up).to(torch.float16).T
+    return GroupedWeight(
+        codes=words,
+        scales=scales,
+        minimums=minimums,
+        factors=factors,
+        bits=bits,
+        zero=tensor.codes.zero,
+        group=tensor.group,
+        shape=(num_rows, columns),
+    )
+
+
+def unpack_grouped(weight: GroupedWeight) -> Tensor:
+    """The weight in float32, [out_features, in_features]: what products with it mean."""
+    num_rows, columns = weight.shape
+    shifts = torch.arange(0, 32, weight.bits, dtype=torch.int32, device=weight.codes.device)
+    codes = (weight.codes[:, :, None, :] >> shifts[:, None]) & (2**weight.bits - 1)
+    codes = codes.permute(1, 0, 2, 3).reshape(num_rows, -1)[:, :columns]
+    values = (codes - weight.zero).to(torch.float32)
+    groups = values.unflatten(1, (-1, weight.group))
+    num_groups = columns // weight.group
+    groups = groups * weight.scales[:num_groups].T[:, :, None].to(torch.float32)
+    if weight.minimums is not None:
+        groups = groups + weight.minimums[:num_groups].T[:, :, None].to(torch.float32)
+    return groups.flatten(1) * weight.factors[:, None]
+
+
+def quantize_dense(weight: Tensor, mode: WeightMode) -> QuantizedWeight:
+    """Round a matrix to int8 or fp8 codes, on its device.
+
+    A row or block that holds NaN or infinity becomes NaN as a whole: damage stays visible.
+    """
+    dtype = torch.int8 if mode == "int8 row" else torch.float8_e4m3fn
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scales = []
+    for rows in _chunks((weight.shape[0], weight.shape[1]), BLOCK):
+        part = weight[rows].to(torch.float32)
+        peak = _block_peaks(part) if mode == "fp8 block" else part.abs().amax(1, keepdim=True)
+        peak = torch.where(peak < _SMALLEST_PEAK, 0.0, peak)
+        top = _INT8_MAX if mode == "int8 row" else _FP8_MAX
+        factor = torch.where(peak == 0, 0.0, top / peak)
+        if mode == "fp8 block":
+            factor = _spread(factor, part.shape)
+        scaled = torch.nan_to_num(part * factor, nan=0.0, posinf=0.0, neginf=0.0)
+        codes[rows] = (scaled.round() if mode == "int8 row" else scaled).to(dtype)
+        scales.append(torch.where(peak.isfinite(), peak / top, torch.nan))
+    return QuantizedWeight(codes, torch.cat(scales))
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """The weight in float32: what products with it mean."""
+    values = weight.codes.to(torch.float32)
+    is_blocked = has_block_scales(weight)
+    return values * (_spread(weight.scales, values.shape) if is_blocked else weight.scales)
+
+
+def has_block_scales(weight: QuantizedWeight) -> bool:
+    """Whether its scales are of blocks, not of rows or of the whole."""
+    rows, columns = weight.scales.shape
+    return columns > 1 or rows not in (1, weight.codes.shape[0])
+
+
+def can_concat(weights: Sequence[Weight]) -> bool:
+    """Whether `concat` takes them: weights of one form, in blocks of rows that are whole."""
+    first = weights[0]
+    if isinstance(first, Tensor):
+        return all(isinstance(w, Tensor) and w.dtype == first.dtype for w in weights)
+    if isinstance(first, GroupedWeight):
+        return all(isinstance(w, GroupedWeight) and _form(w) == _form(first) for w in weights)
+    parts = [w for w in weights if isinstance(w, QuantizedWeight)]
+    if len(parts) < len(weights) or any(w.codes.dtype != first.codes.dtype for w in parts):
+        return False
+    if any((w.input_scale is None) != (first.input_scale is None) for w in parts):
+        return False
+    if not any(has_block_scales(w) for w in parts):
+        return True
+    return all(has_block_scales(w) for w in parts) and all(
+        w.codes.shape[0] % BLOCK == 0 for w in parts[:-1]
+    )
+
+
+def concat(weights: Sequence[Weight]) -> Weight:
+    """One weight of all their out_features, one after another; see `can_concat`.
+
+    Static scales of the input become the greatest of them.
+    """
+    assert can_concat(weights)
+    first = weights[0]
+    if isinstance(first, Tensor):
+        joined: Tensor = torch.cat(list(weights))
+        return joined
+    if isinstance(first, GroupedWeight):
+        return _concat_grouped(cast("Sequence[GroupedWeight]", weights))
+    parts = cast("Sequence[QuantizedWeight]", weights)
+    scales = [
+        w.scales if has_block_scales(w) else w.scales.expand(w.codes.shape[0], 1) for w in parts
+    ]
+    static = [w.input_scale for w in parts if w.input_scale is not None]
+    return QuantizedWeight(
+        torch.cat([w.codes.view(torch.uint8) for w in parts]).view(first.codes.dtype),
+        torch.cat(scales),
+        torch.stack(static).amax() if static else None,
+    )
+
+
+def _concat_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
+    first = weights[0]
+    minimums = [w.minimums for w in weights if w.minimums is not None]
+    return GroupedWeight(
+        codes=torch.cat([w.codes for w in weights], 1),
+        scales=torch.cat([w.scales for w in weights], 1),
+        minimums=torch.cat(minimums, 1) if minimums else None,
+        factors=torch.cat([w.factors for w in weights]),
+        bits=first.bits,
+        zero=first.zero,
+        group=first.group,
+        shape=(sum(w.shape[0] for w in weights), first.shape[1]),
+    )
+
+
+def _form(weight: GroupedWeight) -> tuple[object, ...]:
+    has_minimums = weight.minimums is not None
+    return weight.bits, weight.zero, weight.group, weight.shape[1], has_minimums
+
+
+def _chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
+    """Slices of rows of about _CHUNK numbers."""
+    step = max(1, _CHUNK // max(1, shape[1]) // multiple) * multiple
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _to_device(data: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A copy: what is mapped may be read-only, unaligned and strided. uint16 becomes int16."""
+    if data.dtype == np.uint16:
+        data = data.view(np.int16)
+    copy = np.empty(data.shape, data.dtype)
+    copy[...] = data
+    return torch.from_numpy(copy).to(device)
+
+
+def _codes(codes: Codes, rows: slice, device: torch.device) -> Tensor:
+    """Codes of some rows, uint8 [rows, columns]."""
+    total: Tensor | None = None
+    for plane in codes.planes:
+        data = _to_device(plane.data[rows], device)
+        byte_of = _to_device(plane.byte_of.astype(np.int64), device)
+        shift_of = _to_device(plane.shift_of, device)
+        part = (data.index_select(2, byte_of) ^ plane.flip) >> shift_of
+        part = (part & ((1 << plane.bits) - 1)) << plane.lift
+        total = part if total is None else total + part
+    assert total is not None
+    return total.flatten(1)
+
+
+def _scales(scales: Scales, rows: slice, device: torch.device) -> Tensor:
+    """Scales of some rows, float32 [rows, groups], exact."""
+    if isinstance(scales, GroupScales):
+        return _to_device(scales.halves[rows], device).to(torch.float32)
+    factors = _codes(scales.factors, rows, device).to(torch.float32) - scales.factors.zero
+    d = _to_device(scales.d[rows], device).to(torch.float32) * scales.sign
+    return (d[:, :, None] * factors.unflatten(1, (d.shape[1], -1))).flatten(1)
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [rows, columns] as words, int32 [blocks, rows, 16]."""
+    columns = codes.shape[1]
+    block = block_columns(bits)
+    padded = torch.nn.functional.pad(codes, (0, -columns % block))
+    slots = padded.unflatten(1, (-1, block // SLOT, SLOT))
+    if bits == 4:
+        slots = slots[:, :, 0::2] | slots[:, :, 1::2] << 4
+    return slots.permute(1, 0, 3, 2).contiguous().view(torch.int32).squeeze(3)
+
+
+def _row_factors(peak: Tensor) -> tuple[Tensor, Tensor]:
+    """A power of two for each row, and what makes its greatest number 2**14 to 2**15.
+
+    So no weight in these units overflows float16, and few small scales fall below its least.
+    """
+    greatest = torch.where(peak.isfinite(), peak, 0.0).amax(1, keepdim=True)
+    exponent = torch.frexp(greatest).exponent - 15
+    exponent = torch.where(greatest == 0, 0, exponent)
+    one = torch.ones_like(greatest)
+    return torch.ldexp(one, exponent)[:, 0], torch.ldexp(one, -exponent)
+
+
+def _block_peaks(part: Tensor) -> Tensor:
+    """The greatest magnitude of each block of 128 by 128; a NaN stays one."""
+    rows, columns = part.shape
+    padded = torch.nn.functional.pad(part, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).abs().amax((1, 3))
+
+
+def _spread(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """A number of each block, for each weight."""
+    wide = blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return wide[: shape[0], : shape[1]]

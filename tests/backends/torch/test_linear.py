@@ -1,0 +1,197 @@
+"""Linear operators, plain and in Triton, against products in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.backends.torch import weights
+from octavo.backends.torch.kernels import Quantized, QuantizedWeight
+from octavo.backends.torch.plain import linear as plain
+from octavo.weights.formats.layout import BlockLayout
+from octavo.weights.formats.registry import BLOCKS
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOKENS = [1, 2, 17, 33]
+MATMUL = {"plain": plain.matmul}
+GROUPED = {"plain": plain.grouped_linear}
+QUANTIZED = {"plain": plain.quantized_linear}
+
+
+def random(rng: np.random.Generator, *shape: int) -> Tensor:
+    return torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32))
+
+
+def rows_of(rng: np.random.Generator, tokens: int, features: int, dtype: torch.dtype) -> Tensor:
+    """Rows that stand apart, NaN between them."""
+    wide = torch.full((tokens, features + 16), torch.nan, dtype=dtype)
+    wide[:, :features] = random(rng, tokens, features).to(dtype)
+    return wide[:, :features]
+
+
+def assert_close(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Of a product whose weights and result may be rounded to the dtype of the result."""
+    expected = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        expected, size = expected + bias.double(), size + bias.double().abs()
+    unit = torch.finfo(actual.dtype).eps / 2
+    spread = (x.double() ** 2 @ weight.double().T ** 2).sqrt()
+    bound = unit * (expected.abs() + 3 * spread) + size * 2.0**-20
+    assert actual.shape == expected.shape
+    assert ((actual.double() - expected).abs() <= bound).all()
+
+
+def assert_rows_alone(product: Any, x: Tensor, whole: Tensor) -> None:
+    """A row's bits do not depend on the rows beside it."""
+    for start, stop in ((0, 1), (len(x) - 1, len(x)), (1, len(x))):
+        assert torch.equal(product(x[start:stop]), whole[start:stop])
+
+
+@pytest.mark.parametrize("matmul", MATMUL.values(), ids=MATMUL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 5, 7), (33, 131, 200)])
+def test_matmul(
+    rng: np.random.Generator, matmul: Any, dtype: torch.dtype, tokens: int, n: int, k: int
+) -> None:
+    x = rows_of(rng, tokens, k, dtype)
+    weight, bias = random(rng, n, k).to(dtype), random(rng, n).to(dtype)
+    actual = matmul(x, weight, bias)
+    assert actual.dtype == dtype
+    assert_close(actual, x, weight, bias)
+    assert_close(matmul(x, weight, None), x, weight)
+
+
+@pytest.mark.parametrize("matmul", MATMUL.values(), ids=MATMUL)
+def test_matmul_rows_alone(rng: np.random.Generator, matmul: Any) -> None:
+    x, weight = rows_of(rng, 67, 1100, torch.bfloat16), random(rng, 9, 1100).bfloat16()
+    whole = matmul(x, weight, None)
+    assert_rows_alone(lambda rows: matmul(rows, weight, None), x, whole)
+
+
+@pytest.mark.parametrize("grouped_linear", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("minimums", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "group", "k"), [(4, 16, 48), (3, 32, 160), (4, 128, 384), (8, 16, 80), (6, 64, 192)]
+)
+def test_grouped_linear(
+    kit: Any,
+    rng: np.random.Generator,
+    grouped_linear: Any,
+    deterministic: bool,
+    minimums: bool,
+    bits: int,
+    group: int,
+    k: int,
+) -> None:
+    tensor = kit.grouped(rng, 37, k, bits, group, minimums=minimums)
+    weight = weights.pack_grouped(tensor, CPU)
+    dense = torch.from_numpy(tensor.dequantize())
+    bias = random(rng, 37)
+    for tokens in TOKENS:
+        x = rows_of(rng, tokens, k, torch.bfloat16)
+        actual = grouped_linear(x, weight, bias.bfloat16(), deterministic)
+        assert actual.dtype == x.dtype
+        assert_close(actual, x, dense, bias.bfloat16())
+
+
+@pytest.mark.parametrize("grouped_linear", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_linear_dtypes(
+    kit: Any, rng: np.random.Generator, grouped_linear: Any, dtype: torch.dtype
+) -> None:
+    tensor = kit.grouped(rng, 70, 576, 4, 32, minimums=True)
+    weight = weights.pack_grouped(tensor, CPU)
+    for tokens in (1, 9):
+        x = rows_of(rng, tokens, 576, dtype)
+        actual = grouped_linear(x, weight, None, False)
+        assert_close(actual, x, torch.from_numpy(tensor.dequantize()))
+
+
+@pytest.mark.parametrize("grouped_linear", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("layout", BLOCKS.values(), ids=BLOCKS)
+def test_grouped_linear_every_format(
+    rng: np.random.Generator, grouped_linear: Any, layout: BlockLayout
+) -> None:
+    rows, per_row = 5, max(1, 256 // layout.block_len)
+    data = rng.integers(0, 256, (rows, per_row, layout.block_bytes), np.uint8)
+    for halves in (layout.scales, layout.minimums):
+        if halves is not None:
+            values = rng.normal(0, 1, (rows, per_row, 1)).astype("<f2")
+            data[:, :, halves.start : halves.start + 2] = values.view(np.uint8)
+    tensor = layout.read(data.reshape(-1), (rows, per_row * layout.block_len))
+    weight = weights.pack_grouped(tensor, CPU)
+    x = rows_of(rng, 2, tensor.shape[1], torch.float16) / 64
+    actual = grouped_linear(x, weight, None, False)
+    assert_close(actual, x, torch.from_numpy(tensor.dequantize()))
+
+
+@pytest.mark.parametrize("grouped_linear", GROUPED.values(), ids=GROUPED)
+def test_grouped_linear_rows_alone(kit: Any, rng: np.random.Generator, grouped_linear: Any) -> None:
+    weight = weights.pack_grouped(kit.grouped(rng, 40, 1152, 4, 32, minimums=True), CPU)
+    x = rows_of(rng, 35, 1152, torch.bfloat16)
+    whole = grouped_linear(x, weight, None, True)
+    assert_rows_alone(lambda rows: grouped_linear(rows, weight, None, True), x, whole)
+
+
+def quantized(rng: np.random.Generator, mode: str, tokens: int, k: int) -> Quantized:
+    scales = torch.rand(tokens, -(-k // 128) if mode == "fp8 block" else 1) + 0.5
+    values = random(rng, tokens, k)
+    if mode.startswith("int8"):
+        return Quantized((values * 40).clamp(-127, 127).to(torch.int8), scales)
+    return Quantized(values.to(torch.float8_e4m3fn), scales)
+
+
+def quantized_weight(rng: np.random.Generator, mode: str, n: int, k: int) -> QuantizedWeight:
+    values = random(rng, n, k)
+    if mode.endswith("whole"):
+        dtype = torch.int8 if mode.startswith("int8") else torch.float8_e4m3fn
+        return QuantizedWeight((values * 30).to(dtype), torch.tensor([[0.01]]), torch.tensor(1.0))
+    return weights.quantize_dense(values, mode)
+
+
+MODES = ["int8 row", "int8 whole", "fp8 row", "fp8 block", "fp8 whole"]
+
+
+@pytest.mark.parametrize("quantized_linear", QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "dtype"),
+    [(1, 5, 16, torch.float32), (2, 131, 144, torch.bfloat16), (67, 135, 400, torch.float16)],
+)
+def test_quantized_linear(
+    rng: np.random.Generator,
+    quantized_linear: Any,
+    mode: str,
+    tokens: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> None:
+    x, weight = quantized(rng, mode, tokens, k), quantized_weight(rng, mode, n, k)
+    scales = x.scales.repeat_interleave(128, 1)[:, :k] if mode == "fp8 block" else x.scales
+    dense = x.codes.float().double() * scales
+    bias = random(rng, n).to(dtype)
+    actual = quantized_linear(x, weight, bias, dtype, False)
+    assert actual.dtype == dtype
+    assert_close(actual, dense, weights.dequantize(weight), bias)
+    assert_close(quantized_linear(x, weight, None, dtype, True), dense, weights.dequantize(weight))
+
+
+@pytest.mark.parametrize("quantized_linear", QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize("mode", ["int8 row", "fp8 row", "fp8 block"])
+def test_quantized_linear_rows_alone(
+    rng: np.random.Generator, quantized_linear: Any, mode: str
+) -> None:
+    x, weight = quantized(rng, mode, 67, 1100), quantized_weight(rng, mode, 9, 1100)
+    whole = quantized_linear(x, weight, None, torch.bfloat16, True)
+    for start, stop in ((0, 1), (66, 67), (1, 67)):
+        rows = Quantized(x.codes[start:stop], x.scales[start:stop])
+        alone = quantized_linear(rows, weight, None, torch.bfloat16, True)
+        assert torch.equal(alone, whole[start:stop])
