@@ -17,21 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo import __version__
-from octavo.backends.program import CompileOptions, Program, Progress
+from octavo.backends.program import CompileOptions, DeviceOptions, Program, Progress
 from octavo.config import EngineConfig, Quantization
 from octavo.errors import ConfigError, ModelFileError
 from octavo.graph.tensors import DenseTensor, StoredTensor
 from octavo.graph.trace import Graph
 from octavo.models import registry
 from octavo.models.transforms import AddOne, UnpermuteRope
-from octavo.runner.quantization import QuantizedWeights, choose_formats
-from octavo.weights.formats.quantize import quantized_nbytes
+from octavo.runner.quantization import QuantizedWeights, choose_formats, quantized_nbytes
 from octavo.weights.loader import ModelFiles, open_model
 
 PhaseProgress = Callable[[str, float], None]
 """Called with the name of the phase of loading and the fraction of it that is done."""
 
-BACKENDS = {"cpu": "octavo.backends.cpu", "reference": "octavo.backends.reference"}
+BACKENDS = {
+    "cpu": "octavo.backends.cpu",
+    "torch": "octavo.backends.torch",
+    "reference": "octavo.backends.reference",
+}
 """Modules with a `compile`; the one that is used is the only one imported."""
 
 
@@ -93,8 +96,14 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
             max_num_rows=min(config.max_num_seqs, config.max_num_batched_tokens),
             max_model_len=max_model_len,
             cache_dtype=config.kv_dtype,
+            device=DeviceOptions(
+                name=config.device,
+                dtype=config.dtype,
+                deterministic=config.deterministic,
+                quantization=config.quantization,
+            ),
         )
-        compile_graph: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
+        compile_graph = _compiler(config)
         program = compile_graph(
             model.graph,
             _given_weights(model, files, config),
@@ -106,7 +115,12 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
         files.close()
     progress("cache", 0.0)
     block_bytes = program.block_bytes()
-    num_blocks = pool_blocks(config, max_model_len, block_bytes)
+    memory_bytes = config.memory_bytes
+    if memory_bytes is None:
+        progress("memory", 0.0)
+        memory_bytes = program.spare_bytes()
+        assert memory_bytes is not None, "validate() asks for --memory elsewhere"
+    num_blocks = pool_blocks(config, memory_bytes, max_model_len, block_bytes)
     program.allocate_cache(num_blocks)
     return LoadedModel(
         program=program,
@@ -129,6 +143,7 @@ def name_cache(weights_digest: str, config: EngineConfig) -> str:
         __version__,
         weights_digest,
         config.backend,
+        config.dtype,
         str(config.quantization),
         config.kv_dtype,
         str(config.block_size),
@@ -151,18 +166,32 @@ def declare(files: ModelFiles) -> registry.Model:
     )
 
 
-def pool_blocks(config: EngineConfig, max_model_len: int, block_bytes: int) -> int:
+def _compiler(config: EngineConfig) -> Compiler:
+    try:
+        compiler: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "triton"):
+            raise
+        raise ConfigError(
+            f"--backend torch needs {error.name}: pip install 'octavo[cuda]', or give --backend cpu"
+        ) from None
+    return compiler
+
+
+def pool_blocks(
+    config: EngineConfig, memory_bytes: int, max_model_len: int, block_bytes: int
+) -> int:
     """How many blocks the pool has: what memory_bytes holds, but no more than can ever be used.
 
     Raises:
         ConfigError: the pool cannot hold one sequence of the length asked for, or not one block.
     """
-    by_memory = config.memory_bytes // block_bytes
+    by_memory = memory_bytes // block_bytes
     a_sequence = -(-max_model_len // config.block_size)
     needed = a_sequence if config.max_model_len is not None else 1
     if by_memory < needed:
         raise ConfigError(
-            f"--memory of {config.memory_bytes:,} bytes holds "
+            f"--memory of {memory_bytes:,} bytes holds "
             f"{by_memory * config.block_size:,} tokens of KV cache "
             f"({block_bytes // config.block_size:,} bytes a token), fewer than the "
             f"{needed * config.block_size:,} that are needed; give --memory at least "
@@ -179,9 +208,11 @@ def _plan_model_len(config: EngineConfig, model_len: int, graph: Graph) -> int:
                 f"{model_len:,} tokens; lower it"
             )
         return config.max_model_len
+    if config.memory_bytes is None:
+        return model_len  # It is cut to the pool once that is known.
     token_bytes = sum(g.bytes_per_token(config.kv_dtype) for g in graph.cache_groups)
     block_bytes = token_bytes * config.block_size
-    num_blocks = pool_blocks(config, model_len, block_bytes)
+    num_blocks = pool_blocks(config, config.memory_bytes, model_len, block_bytes)
     return min(model_len, num_blocks * config.block_size)
 
 
@@ -193,6 +224,8 @@ def _given_weights(
     if config.quantization is None:
         return weights
     formats = choose_formats(model.graph, weights, config.quantization)
+    if config.backend == "torch":  # It does so on the device.
+        return weights
     return QuantizedWeights(weights, formats, config.num_threads)
 
 
