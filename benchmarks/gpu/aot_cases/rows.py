@@ -8,9 +8,11 @@ from typing import Any
 from aot_case import AotCase
 
 from octavo.backends.torch.kernels import QuantizeMode
+from octavo.backends.torch.triton.copy_blocks import copy_blocks_kernel
 from octavo.backends.torch.triton.gated import gated_kernel
 from octavo.backends.torch.triton.quantize import Tile, quantize_kernel, warps_of
 from octavo.backends.torch.triton.rms_norm import Shape, rms_norm_kernel
+from octavo.backends.torch.triton.rope_write import rope_write_kernel, tile_of
 
 STRIDES = ("x_stride", "residual_stride")
 FP8_TARGETS = ("sm_90", "sm_100", "gfx942")
@@ -119,6 +121,62 @@ def quantize(dtype: str, features: int, mode: QuantizeMode) -> AotCase:
     )
 
 
+def rope_write(
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    cache: str,
+    *,
+    scale_keys: bool = False,
+) -> AotCase:
+    """As rope_write launches it for blocks of 16 tokens."""
+    tile, half = tile_of(kv_heads, head_dim)
+    codes = cache in ("i8", "fp8e4nv")
+    pointers = {
+        **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
+        "table": "*fp32",
+        "positions": "*i32",
+        "slots": "*i32",
+        "cache": f"*{cache}",
+        "scales": "*fp32",
+        "factors": "*fp32",
+    }
+    strides = ("q_stride", "k_stride", "v_stride", "block_stride", "scale_stride")
+    absent = [n for n, there in (("scales", codes), ("factors", scale_keys)) if not there]
+    return AotCase(
+        f"rope_write {dtype} {heads} + {kv_heads} x {head_dim} to {cache}{' scaled' * scale_keys}",
+        rope_write_kernel,
+        {**pointers, **dict.fromkeys(strides, "i32")},
+        {
+            **dict.fromkeys(absent),
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "D": head_dim,
+            "BLOCK_SIZE": 16,
+            "ROTATE": True,
+            "SCALE_KEYS": scale_keys,
+            "QUANTIZE": codes,
+            "TILE": tile,
+            "HALF": half,
+        },
+        divisible=(*pointers, *strides),
+        options={"num_warps": max(tile * half // 256, 1)},
+        targets=targets_of("fp8" if cache == "fp8e4nv" else None),
+    )
+
+
+def copy_blocks(size: int) -> AotCase:
+    """As copy_blocks launches it; size is in elements of four bytes."""
+    return AotCase(
+        f"copy_blocks {4 * size} bytes",
+        copy_blocks_kernel,
+        {"pool": "*i32", "pairs": "*i32", "layer_stride": "i32", "block_stride": "i32"},
+        {"SIZE": size, "PIECE": 2048},
+        divisible=("pool", "pairs", "layer_stride", "block_stride"),
+    )
+
+
 CASES: tuple[AotCase, ...] = (
     rms_norm("bf16", 576),
     rms_norm("bf16", 1152),
@@ -154,4 +212,16 @@ CASES: tuple[AotCase, ...] = (
     quantize("bf16", 8192, "fp8 group"),
     quantize("fp16", 28672, "int8 token"),
     quantize("bf16", 28672, "fp8 token"),
+    rope_write("bf16", 9, 3, 64, "bf16"),
+    rope_write("bf16", 32, 8, 128, "bf16"),
+    rope_write("fp16", 32, 32, 128, "fp16"),
+    rope_write("bf16", 64, 8, 128, "i8"),
+    rope_write("bf16", 28, 4, 128, "i8", scale_keys=True),
+    rope_write("bf16", 64, 8, 128, "fp8e4nv"),
+    rope_write("bf16", 28, 4, 128, "fp8e4nv", scale_keys=True),
+    rope_write("bf16", 4, 1, 256, "bf16"),
+    rope_write("bf16", 32, 32, 96, "fp8e4nv"),
+    rope_write("fp32", 32, 8, 128, "fp32"),
+    copy_blocks(16384),
+    copy_blocks(4224),
 )
