@@ -104,7 +104,7 @@ def check_codes(got: Quantized, x: Float32, mode: QuantizeMode) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "features"), [(1, 40), (1, 129), (3, 16), (5, 24)])
+@pytest.mark.parametrize(("heads", "features"), [(1, 40), (1, 129), (5, 24), (9, 128)])
 def test_norm(
     rows: Rows, rng: np.random.Generator, dtype: torch.dtype, heads: int, features: int
 ) -> None:
@@ -124,7 +124,7 @@ def test_norm(
 def test_norm_of_a_sum(
     rows: Rows, rng: np.random.Generator, dtype: torch.dtype, mode: QuantizeMode | None
 ) -> None:
-    x, residual = random(rng, (2, 300), dtype), random(rng, (2, 300), dtype)
+    x, residual = random(rng, (2, 300), dtype), random(rng, (2, 300), dtype).contiguous()
     weight = torch.from_numpy(rng.normal(size=300).astype(np.float32))
     before = x.clone(), residual.clone()
 
@@ -207,6 +207,25 @@ def test_quantize(
     np.testing.assert_array_equal(got.scales.numpy(), scales)
 
 
+@pytest.mark.parametrize("mode", [None, "fp8 group"])
+def test_rows_of_several_tiles(
+    rows: Rows, rng: np.random.Generator, mode: QuantizeMode | None
+) -> None:
+    gate, up = random(rng, (4, 2 * 2305), torch.float32).chunk(2, dim=1)
+
+    out = rows.gated(gate, up.contiguous(), "silu", mode)
+
+    expected = operators.silu_mul(gate.double().numpy(), up.double().numpy()).astype(np.float32)
+    if mode is None:
+        np.testing.assert_allclose(out.numpy(), expected, rtol=2e-6, atol=5e-6)
+    else:
+        check_codes(out, expected, mode)
+        codes = rows.quantize(gate, mode)
+        np.testing.assert_array_equal(
+            codes.codes.float().numpy(), expected_codes(gate.numpy(), mode)[0]
+        )
+
+
 def test_int8_rounds_halves_to_even(rows: Rows) -> None:
     x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -125.5, 127.0]])
 
@@ -214,6 +233,13 @@ def test_int8_rounds_halves_to_even(rows: Rows) -> None:
 
     assert got.codes.tolist() == [[0, 2, 2, 0, -2, 126, -126, 127]]
     assert got.scales.tolist() == [[1.0]]
+
+
+def test_factors_are_quotients(rows: Rows) -> None:
+    # Products with 1 / max|x| put these on the other side of a half.
+    x = torch.tensor([[1.2697867, 0.8348597], [1.6066358, 0.84126997]])
+
+    assert rows.quantize(x, "int8 token").codes.tolist() == [[127, 84], [127, 67]]
 
 
 @pytest.mark.parametrize("mode", ["fp8 token", "fp8 group"])
@@ -273,6 +299,7 @@ def test_a_row_depends_on_no_other(
         results = [
             rows.gated(gate[part], up[part], "gelu", mode),
             rows.rms_norm(gate[part], weight, 1e-5, up[part], mode).values,
+            rows.rms_norm(gate[part], weight[:40], 1e-5, None, None).values,
         ]
         return [t for r in results for t in ((r,) if isinstance(r, Tensor) else r)]
 
