@@ -30,8 +30,8 @@ def gated_kernel(
     WIDTH: tl.constexpr,
 ):
     """One tile of a row. `out` takes codes if QUANTIZE, else `scales` is not touched."""
-    tiles: tl.constexpr = tl.cdiv(FEATURES, GROUPS * WIDTH)
-    num_groups: tl.constexpr = tl.cdiv(FEATURES, WIDTH)
+    tiles: tl.constexpr = (FEATURES + GROUPS * WIDTH - 1) // (GROUPS * WIDTH)
+    num_groups: tl.constexpr = (FEATURES + WIDTH - 1) // WIDTH
     row = (tl.program_id(0) // tiles).to(tl.int64)
     group = (tl.program_id(0) % tiles) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]

@@ -63,7 +63,7 @@ def rms_norm_kernel(
     values = values * tl.rsqrt(total_square / FEATURES + eps) * gain
     start = row * FEATURES
     if QUANTIZE:
-        num_groups: tl.constexpr = tl.cdiv(FEATURES, WIDTH)
+        num_groups: tl.constexpr = (FEATURES + WIDTH - 1) // WIDTH
         store_codes(values, out + start, scales + row * num_groups, column, mask, line, num_groups)
     else:
         tl.store(out + start + column, values.to(out.dtype.element_ty), mask=inside)

@@ -92,8 +92,8 @@ def rope_write_kernel(
     HALF: tl.constexpr,
 ):
     """TILE heads of a token; HALF is D / 2 or the next power of two."""
-    q_tiles: tl.constexpr = tl.cdiv(HEADS, TILE)
-    kv_tiles: tl.constexpr = tl.cdiv(KV_HEADS, TILE)
+    q_tiles: tl.constexpr = (HEADS + TILE - 1) // TILE
+    kv_tiles: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
     token = (tl.program_id(0) // (q_tiles + 2 * kv_tiles)).to(tl.int64)
     tile = tl.program_id(0) % (q_tiles + 2 * kv_tiles)
     angle = tl.arange(0, HALF)
