@@ -25,11 +25,10 @@ def gated_kernel(
     up_stride,
     FEATURES: tl.constexpr,
     GELU: tl.constexpr,
-    QUANTIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One tile of a row. `out` takes codes if QUANTIZE, else `scales` is not touched."""
+    """One tile of a row. `out` takes codes where there are scales."""
     tiles: tl.constexpr = (FEATURES + GROUPS * WIDTH - 1) // (GROUPS * WIDTH)
     num_groups: tl.constexpr = (FEATURES + WIDTH - 1) // WIDTH
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -41,7 +40,7 @@ def gated_kernel(
     # gelu(x) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x³).
     exponent = 1.5957691216057308 * (x + 0.044715 * x * x * x) if GELU else x
     values = x / (1.0 + tl.exp(-exponent)) * factor
-    if QUANTIZE:
+    if scales is not None:
         store_codes(
             values, out + row * FEATURES, scales + row * num_groups, column, mask, group, num_groups
         )
@@ -71,7 +70,6 @@ def gated(
             up.stride(0),
             FEATURES=features,
             GELU=activation == "gelu",
-            QUANTIZE=mode is not None,
             GROUPS=tile.groups,
             WIDTH=tile.width,
             num_warps=tile.num_warps,

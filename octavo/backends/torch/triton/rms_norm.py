@@ -35,12 +35,10 @@ def rms_norm_kernel(
     eps,
     HEADS: tl.constexpr,
     FEATURES: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    QUANTIZE: tl.constexpr,
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row as LINES of WIDTH features, groups of codes if QUANTIZE, or LINES heads of tokens."""
+    """One row as LINES of WIDTH features, groups of codes if there are scales, or LINES heads."""
     line = tl.arange(0, LINES)
     column = tl.arange(0, WIDTH)[None, :]
     row = tl.program_id(0).to(tl.int64)
@@ -53,7 +51,7 @@ def rms_norm_kernel(
     place = row // HEADS * x_stride + row % HEADS * FEATURES + column
     values = tl.load(x + place, mask=inside, other=0)
     gain = tl.load(weight + column, mask=mask, other=0)
-    if HAS_RESIDUAL:
+    if residual is not None:
         other = tl.load(residual + row * residual_stride + column, mask=inside, other=0)
         values = (values.to(tl.float32) + other.to(tl.float32)).to(values.dtype)
         tl.store(total + row * FEATURES + column, values, mask=inside)
@@ -62,7 +60,7 @@ def rms_norm_kernel(
     total_square = tl.sum(square, axis=1, keep_dims=True) if HEADS > 1 else tl.sum(square)
     values = values * tl.rsqrt(total_square / FEATURES + eps) * gain
     start = row * FEATURES
-    if QUANTIZE:
+    if scales is not None:
         num_groups: tl.constexpr = (FEATURES + WIDTH - 1) // WIDTH
         store_codes(values, out + start, scales + row * num_groups, column, mask, line, num_groups)
     else:
@@ -111,8 +109,6 @@ def rms_norm(
             eps,
             HEADS=heads,
             FEATURES=features,
-            HAS_RESIDUAL=residual is not None,
-            QUANTIZE=mode is not None,
             LINES=shape.lines,
             WIDTH=shape.width,
             num_warps=warps_of(shape.lines * shape.width),

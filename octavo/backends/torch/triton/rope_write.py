@@ -20,6 +20,13 @@ _FEWEST, _MOST = 256, 512
 
 
 @triton.jit
+def read(place, inside, D: tl.constexpr):
+    """Halves [heads, D / 2] in float32."""
+    first = tl.load(place, mask=inside, other=0).to(tl.float32)
+    return first, tl.load(place + D // 2, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
 def rotate(first, second, table, positions, token, angle, D: tl.constexpr):
     """Rotate halves [heads, D / 2] of a token."""
     row = table + tl.load(positions + token).to(tl.int64) * D + angle
@@ -30,38 +37,28 @@ def rotate(first, second, table, positions, token, angle, D: tl.constexpr):
 
 
 @triton.jit
-def write(
-    first,
-    second,
-    slot,
-    kind,
-    head,
-    angle,
-    cache,
-    scales,
-    block_stride,
-    scale_stride,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-):
-    """Keep halves [heads, D / 2] of K (kind 0) or V (1) at the token's slot."""
-    block = (slot // BLOCK_SIZE).to(tl.int64)
-    line = (kind * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
-    there = head < KV_HEADS
-    inside = there[:, None] & (angle < D // 2)[None, :]
-    place = cache + block * block_stride + line[:, None] * D + angle[None, :]
-    if QUANTIZE:
-        int8: tl.constexpr = cache.dtype.element_ty.is_int8()
-        peaks = tl.max(tl.maximum(bits_of_size(first), bits_of_size(second)), axis=1)
-        scale, factor = scale_of(peaks, int8)
-        tl.store(place, encode(first * factor[:, None], int8), mask=inside)
-        tl.store(place + D // 2, encode(second * factor[:, None], int8), mask=inside)
-        tl.store(scales + block * scale_stride + line, scale, mask=there)
-    else:
-        tl.store(place, first.to(cache.dtype.element_ty), mask=inside)
-        tl.store(place + D // 2, second.to(cache.dtype.element_ty), mask=inside)
+def factor_of(place, inside, is_query):
+    """What queries are multiplied by, for keys its reciprocal."""
+    factor = tl.load(place, mask=inside, other=1)
+    return tl.where(is_query, factor, 1.0 / factor)
+
+
+@triton.jit
+def write_codes(first, second, place, inside, D: tl.constexpr):
+    """Round halves [heads, D / 2], each head a group, and write the codes; returns the scales."""
+    peaks = tl.max(tl.maximum(bits_of_size(first), bits_of_size(second)), axis=1)
+    int8: tl.constexpr = place.dtype.scalar.element_ty.is_int8()
+    scale, factor = scale_of(peaks, int8)
+    tl.store(place, encode(first * factor[:, None], int8), mask=inside)
+    tl.store(place + D // 2, encode(second * factor[:, None], int8), mask=inside)
+    return scale
+
+
+@triton.jit
+def write(first, second, place, inside, D: tl.constexpr):
+    """Write halves [heads, D / 2], rounded to what is there."""
+    tl.store(place, first, mask=inside)
+    tl.store(place + D // 2, second, mask=inside)
 
 
 @triton.jit
@@ -85,9 +82,6 @@ def rope_write_kernel(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    ROTATE: tl.constexpr,
-    SCALE_KEYS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
     TILE: tl.constexpr,
     HALF: tl.constexpr,
 ):
@@ -96,56 +90,38 @@ def rope_write_kernel(
     kv_tiles: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
     token = (tl.program_id(0) // (q_tiles + 2 * kv_tiles)).to(tl.int64)
     tile = tl.program_id(0) % (q_tiles + 2 * kv_tiles)
+    is_query = tile < q_tiles
+    kv_tile = tl.maximum(tile - q_tiles, 0)
+    kind = kv_tile // kv_tiles  # of K and of queries 0, of V 1
+    head = tl.where(is_query, tile, kv_tile % kv_tiles) * TILE + tl.arange(0, TILE)
     angle = tl.arange(0, HALF)
-    if tile < q_tiles:
-        head = tile * TILE + tl.arange(0, TILE)
-        inside = (head < HEADS)[:, None] & (angle < D // 2)[None, :]
-        place = head[:, None] * D + angle[None, :]
-        row = q + token * q_stride + place
-        first = tl.load(row, mask=inside, other=0).to(tl.float32)
-        second = tl.load(row + D // 2, mask=inside, other=0).to(tl.float32)
-        if ROTATE:
+    there = head < tl.where(is_query, HEADS, KV_HEADS)
+    inside = there[:, None] & (angle < D // 2)[None, :]
+    pair = head[:, None] * D + angle[None, :]
+    row = (k + token * k_stride if kind == 0 else v + token * v_stride) + pair
+    row = q + token * q_stride + pair if is_query else row
+    first, second = read(row, inside, D)
+    if kind == 0:
+        if table is not None:
             first, second = rotate(first, second, table, positions, token, angle, D)
-        if SCALE_KEYS:
-            factor = factors + (head // (HEADS // KV_HEADS))[:, None] * D + angle[None, :]
-            first *= tl.load(factor, mask=inside, other=0)
-            second *= tl.load(factor + D // 2, mask=inside, other=0)
-        to = out + token * (HEADS * D) + place
-        tl.store(to, first.to(out.dtype.element_ty), mask=inside)
-        tl.store(to + D // 2, second.to(out.dtype.element_ty), mask=inside)
+        if factors is not None:
+            kv_head = tl.where(is_query, head // (HEADS // KV_HEADS), head)
+            place = factors + kv_head[:, None] * D + angle[None, :]
+            first *= factor_of(place, inside, is_query)
+            second *= factor_of(place + D // 2, inside, is_query)
+    if is_query:
+        write(first, second, out + token * (HEADS * D) + pair, inside, D)
     else:
         slot = tl.load(slots + token)
-        if slot >= 0:
-            kind = (tile - q_tiles) // kv_tiles
-            head = (tile - q_tiles) % kv_tiles * TILE + tl.arange(0, TILE)
-            inside = (head < KV_HEADS)[:, None] & (angle < D // 2)[None, :]
-            place = head[:, None] * D + angle[None, :]
-            row = (k + token * k_stride if kind == 0 else v + token * v_stride) + place
-            first = tl.load(row, mask=inside, other=0).to(tl.float32)
-            second = tl.load(row + D // 2, mask=inside, other=0).to(tl.float32)
-            if kind == 0:
-                if ROTATE:
-                    first, second = rotate(first, second, table, positions, token, angle, D)
-                if SCALE_KEYS:
-                    factor = factors + place
-                    first *= 1.0 / tl.load(factor, mask=inside, other=1)
-                    second *= 1.0 / tl.load(factor + D // 2, mask=inside, other=1)
-            write(
-                first,
-                second,
-                slot,
-                kind,
-                head,
-                angle,
-                cache,
-                scales,
-                block_stride,
-                scale_stride,
-                KV_HEADS,
-                D,
-                BLOCK_SIZE,
-                QUANTIZE,
-            )
+        inside = inside & (slot >= 0)
+        block = (slot // BLOCK_SIZE).to(tl.int64)
+        line = (kind * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+        place = cache + block * block_stride + line[:, None] * D + angle[None, :]
+        if scales is not None:
+            scale = write_codes(first, second, place, inside, D)
+            tl.store(scales + block * scale_stride + line, scale, mask=there & (slot >= 0))
+        else:
+            write(first, second, place, inside, D)
 
 
 def tile_of(kv_heads: int, head_dim: int) -> tuple[int, int]:
@@ -192,9 +168,6 @@ def rope_write(
             KV_HEADS=kv_heads,
             D=head_dim,
             BLOCK_SIZE=block_size,
-            ROTATE=table is not None,
-            SCALE_KEYS=factors is not None,
-            QUANTIZE=cache.scales is not None,
             TILE=tile,
             HALF=half,
             num_warps=max(tile * half // 256, 1),
