@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from octavo.backends.torch.plain import cache as plain
+from octavo.backends.torch.triton.copy_blocks import copy_blocks as copy_blocks_triton
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor], None]] = {"plain": plain.copy_blocks}
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "plain": plain.copy_blocks,
+    "triton": copy_blocks_triton,
+}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -19,8 +19,6 @@ from octavo.backends.torch.kernels import (
     QuantizeMode,
 )
 
-_SMALLEST_PEAK = 2.0**-120
-
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, mode: QuantizeMode | None
@@ -58,12 +56,13 @@ def to_codes(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Codes are 0 where the scale is NaN.
     """
-    most = 127.0 if dtype == torch.int8 else 448.0
+    most, least = (127.0, 2.0**-120) if dtype == torch.int8 else (448.0, 2.0**-119)
     peak = groups.abs().amax(dim=-1)  # NaN if one is
     finite = peak < math.inf
-    usual = finite & (peak >= _SMALLEST_PEAK)
+    usual = finite & (peak >= least)
     zero = torch.zeros_like(peak)
-    factor = torch.where(usual, most / peak, zero)
+    # Not most / peak, which torch makes a product with the rounded 1 / peak.
+    factor = torch.where(usual, torch.full_like(peak, most) / peak, zero)
     scales = torch.where(usual, peak / most, torch.where(finite, zero, math.nan))
     codes = torch.where(usual[..., None], groups * factor[..., None], zero[..., None])
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales
