@@ -12,13 +12,14 @@ from torch import Tensor
 from octavo.backends.torch import weights
 from octavo.backends.torch.kernels import Quantized, QuantizedWeight
 from octavo.backends.torch.plain import linear as plain
+from octavo.backends.torch.triton.matmul import matmul
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 17, 33]
-MATMUL = {"plain": plain.matmul}
+MATMUL = {"plain": plain.matmul, "triton": matmul}
 GROUPED = {"plain": plain.grouped_linear}
 QUANTIZED = {"plain": plain.quantized_linear}
 
