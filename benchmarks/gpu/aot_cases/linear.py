@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from aot_case import AotCase
 
-from octavo.backends.torch.triton import matmul
+from octavo.backends.torch.triton import grouped_linear, matmul
 
 _COUNTS = {"tokens": "i32", "num_parts": "i32", "part_steps": "i32"}
 
@@ -32,4 +32,37 @@ def _matmuls() -> Iterator[AotCase]:
             )  # fmt: skip
 
 
-CASES = (*_matmuls(),)
+def _grouped() -> Iterator[AotCase]:
+    forms = (("Q4_K", 4, 32, True), ("Q4_0", 4, 32, False), ("AWQ", 4, 128, True),
+             ("Q6_K", 8, 16, False), ("Q8_0", 8, 32, False))  # fmt: skip
+    for form, bits, group, has_minimums in forms:
+        for dtype, tokens, is_shared in (
+            ("bf16", 1, True), ("bf16", 1, False), ("bf16", 16, True), ("fp16", 16, False), ("bf16", 64, False),
+        ):  # fmt: skip
+            out = "fp32" if is_shared else dtype
+            counts = ["n", "k", "num_blocks", "part_blocks", "zero", "mask", "one"]
+            sizes = {} if tokens == 1 else {"TILE_M": tokens, "WHOLE_K": True, "BAND": 64}
+            if tokens > 1:
+                counts += ["tokens", "num_parts", "x_stride"]
+            yield AotCase(
+                name=f"grouped {form} {dtype} tokens {tokens}{' shared' if is_shared else ''}",
+                kernel=grouped_linear.grouped_row_kernel
+                if tokens == 1
+                else grouped_linear.grouped_tile_kernel,
+                signature={
+                    "x": f"*{dtype}", "words": "*i32", "scales": "*fp16", "factors": "*fp32",
+                    "out": f"*{out}", **dict.fromkeys(counts, "i32"),
+                } | ({"minimums": "*fp16"} if has_minimums else {}),
+                constants={
+                    "bias": None, "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums,
+                    "HAS_BIAS": False, "IS_SHARED": is_shared, "TILE_N": grouped_linear.TILE_N, **sizes,
+                } | ({} if has_minimums else {"minimums": None})
+                | ({"UNROLL": grouped_linear.UNROLL} if tokens == 1 else {}),
+                divisible=("x", "words", "scales", "factors", "out", "n", "k", "num_blocks")
+                + (("x_stride",) if tokens > 1 else ())
+                + (("minimums",) if has_minimums else ()),
+                options={"num_warps": 4, "num_stages": 3 if tokens == 1 else 4},
+            )  # fmt: skip
+
+
+CASES = (*_matmuls(), *_grouped())

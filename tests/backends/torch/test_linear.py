@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo.backends.torch import weights
 from octavo.backends.torch.kernels import Quantized, QuantizedWeight
 from octavo.backends.torch.plain import linear as plain
+from octavo.backends.torch.triton.grouped_linear import grouped_linear
 from octavo.backends.torch.triton.matmul import matmul
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 17, 33]
 MATMUL = {"plain": plain.matmul, "triton": matmul}
-GROUPED = {"plain": plain.grouped_linear}
+GROUPED = {"plain": plain.grouped_linear, "triton": grouped_linear}
 QUANTIZED = {"plain": plain.quantized_linear}
 
 
