@@ -39,9 +39,15 @@ _SCRATCH_NUMBERS = 1 << 27
 
 
 @triton.jit
-def scale_of(scales, minimums, at, zero, inside, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr):
-    """Scale and offset that make weights of the numbers in `unpack`."""
+def scale_of(
+    scales, minimums, block, row, n, zero, inside, SLOT: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
+):  # fmt: skip
+    """Scale and offset, [rows, units], that make weights of the numbers in `unpack`."""
     span: tl.constexpr = 128 if BITS == 4 else 256
+    columns: tl.constexpr = 128 // BITS
+    group = (block * 4 + tl.arange(0, 4)) * columns // GROUP + SLOT * 4 // GROUP
+    at = group[None, :] * n + row[:, None]
     scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
     offset = scale * (-span - zero)
     if HAS_MINIMUMS:
@@ -50,32 +56,41 @@ def scale_of(scales, minimums, at, zero, inside, BITS: tl.constexpr, HAS_MINIMUM
 
 
 @triton.jit
-def unpack(word, scale, offset, mask, one, SLOT_INDEX: tl.constexpr, BITS: tl.constexpr):
-    """Weights of one slot of words in float32; scale and offset as `scale_of` their group.
+def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexpr):
+    """Slot SLOT of words, [rows, units, 4], as weights in float32.
 
     NOTE: mask and one are arguments of the kernel, though always the same: two constants do not fit
     into one instruction, two registers do.
     """
     top: tl.constexpr = 16 if BITS == 4 else 15  # codes of slot 4 are there already
-    move: tl.constexpr = top - SLOT_INDEX * BITS
+    move: tl.constexpr = top - SLOT * BITS
     if move >= 0:
         bits = word << move
     else:
         bits = word >> -move
     number = ((bits & mask) | one).to(tl.float32, bitcast=True)
-    return tl.fma(number, scale[:, None], offset[:, None])
+    return tl.fma(number, scale[:, :, None], offset[:, :, None])
+
+
+@triton.jit
+def words_at(words, block, row, n):
+    """Where the words of a block are, [rows, units, 4]."""
+    unit, word = tl.arange(0, 4), tl.arange(0, 4)
+    at = (block * n + row)[:, None, None] * 16 + unit[None, :, None] * 4 + word[None, None, :]
+    return words + at
 
 
 @triton.jit
 def unpack_slot(
-    words, scales, minimums, block, row, n, zero, mask, one, SLOT_INDEX: tl.constexpr,
+    words, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Weights of one slot of a block, [rows, 16] (what slots load in common is loaded once)."""
-    word = tl.load(words + (block * n + row)[:, None] * 16 + tl.arange(0, 16)[None, :])
-    group = (block * (32 // BITS) + SLOT_INDEX) * 16 // GROUP
-    scale, offset = scale_of(scales, minimums, group * n + row, zero, True, BITS, HAS_MINIMUMS)
-    return rounded(unpack(word, scale, offset, mask, one, SLOT_INDEX, BITS), DTYPE)
+    """One slot of a block, [rows, units, 4] (what slots load in common is loaded once)."""
+    word = tl.load(words_at(words, block, row, n))
+    scale, offset = scale_of(
+        scales, minimums, block, row, n, zero, True, SLOT, BITS, GROUP, HAS_MINIMUMS
+    )
+    return rounded(unpack(word, scale, offset, mask, one, SLOT, BITS), DTYPE)
 
 
 @triton.jit
@@ -85,8 +100,8 @@ def unpack_block(
 ):  # fmt: skip
     """Weights of a block, [rows, columns].
 
-    A number's slots stand in a thread's registers; joining them moves nothing: the last dimension
-    is the lowest bit of a slot's number.
+    All slots of a word stand in one thread's registers, so joining them moves nothing: the last
+    dimension is the lowest bit of a slot's number.
     """
     a = words, scales, minimums, block, row, n, zero, mask, one
     if BITS == 4:
@@ -100,13 +115,13 @@ def unpack_block(
         s7 = unpack_slot(*a, 7, BITS, GROUP, HAS_MINIMUMS, DTYPE)
         even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
         odd = tl.join(tl.join(s1, s5), tl.join(s3, s7))
-        slots = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
+        slots = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2))
     else:
         s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
         s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
         s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS, DTYPE)
         s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 2, 3, 1))
+        slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 1, 3, 4, 2))
     return tl.reshape(slots, (ROWS, 512 // BITS))
 
 
@@ -117,29 +132,27 @@ def grouped_row_kernel(
     IS_SHARED: tl.constexpr, TILE_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One token; a program has TILE_N outputs, or a part of their columns (IS_SHARED)."""
-    slots: tl.constexpr = 32 // BITS
+    columns: tl.constexpr = 512 // BITS
     at = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     row = tl.minimum(at, n - 1)
-    lane = tl.arange(0, 16)
+    by_fours = tl.arange(0, 4)[:, None] * (columns // 4) + tl.arange(0, 4)[None, :]
     first = tl.program_id(1) * part_blocks
     last = tl.minimum(first + part_blocks, num_blocks)
-    sums = tl.zeros([TILE_N, 16], tl.float32)
+    sums = tl.zeros([TILE_N, 4, 4], tl.float32)
     for start in range(first, last, UNROLL):
         for step in tl.static_range(UNROLL):
             block = start + step
             inside = block < last
-            word_at = words + (block * n + row)[:, None] * 16 + lane[None, :]
-            word = tl.load(word_at, mask=inside, other=0)
-            for slot in tl.static_range(slots):
-                column = (block * slots + slot) * 16
-                at_group = column // GROUP * n + row
+            word = tl.load(words_at(words, block, row, n), mask=inside, other=0)
+            for slot in tl.static_range(32 // BITS):
                 scale, offset = scale_of(
-                    scales, minimums, at_group, zero, inside, BITS, HAS_MINIMUMS
+                    scales, minimums, block, row, n, zero, inside, slot, BITS, GROUP, HAS_MINIMUMS
                 )
-                values = tl.load(x + column + lane, mask=(column < k) & inside, other=0.0)
+                column = block * columns + slot * 4 + by_fours
+                values = tl.load(x + column, mask=(column < k) & inside, other=0.0)
                 weight = unpack(word, scale, offset, mask, one, slot, BITS)
-                sums = tl.fma(weight, values.to(tl.float32)[None, :], sums)
-    total = tl.sum(sums, 1)
+                sums = tl.fma(weight, values.to(tl.float32)[None, :, :], sums)
+    total = tl.sum(tl.sum(sums, 2), 1)
     if IS_SHARED:
         tl.store(out + tl.program_id(1) * n + at, total, mask=at < n)
     else:
