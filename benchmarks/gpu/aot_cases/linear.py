@@ -8,6 +8,7 @@ from aot_case import AotCase
 
 from octavo.backends.torch.triton import grouped_linear, matmul
 
+NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 _COUNTS = {"tokens": "i32", "num_parts": "i32", "part_steps": "i32"}
 
 
@@ -32,37 +33,64 @@ def _matmuls() -> Iterator[AotCase]:
             )  # fmt: skip
 
 
-def _grouped() -> Iterator[AotCase]:
-    forms = (("Q4_K", 4, 32, True), ("Q4_0", 4, 32, False), ("AWQ", 4, 128, True),
-             ("Q6_K", 8, 16, False), ("Q8_0", 8, 32, False))  # fmt: skip
-    for form, bits, group, has_minimums in forms:
-        for dtype, tokens, is_shared in (
-            ("bf16", 1, True), ("bf16", 1, False), ("bf16", 16, True), ("fp16", 16, False), ("bf16", 64, False),
-        ):  # fmt: skip
-            out = "fp32" if is_shared else dtype
-            counts = ["n", "k", "num_blocks", "part_blocks", "zero", "mask", "one"]
-            sizes = {} if tokens == 1 else {"TILE_M": tokens, "WHOLE_K": True, "BAND": 64}
-            if tokens > 1:
-                counts += ["tokens", "num_parts", "x_stride"]
-            yield AotCase(
-                name=f"grouped {form} {dtype} tokens {tokens}{' shared' if is_shared else ''}",
-                kernel=grouped_linear.grouped_row_kernel
-                if tokens == 1
-                else grouped_linear.grouped_tile_kernel,
-                signature={
-                    "x": f"*{dtype}", "words": "*i32", "scales": "*fp16", "factors": "*fp32",
-                    "out": f"*{out}", **dict.fromkeys(counts, "i32"),
-                } | ({"minimums": "*fp16"} if has_minimums else {}),
-                constants={
-                    "bias": None, "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums,
-                    "HAS_BIAS": False, "IS_SHARED": is_shared, "TILE_N": grouped_linear.TILE_N, **sizes,
-                } | ({} if has_minimums else {"minimums": None})
-                | ({"UNROLL": grouped_linear.UNROLL} if tokens == 1 else {}),
-                divisible=("x", "words", "scales", "factors", "out", "n", "k", "num_blocks")
-                + (("x_stride",) if tokens > 1 else ())
-                + (("minimums",) if has_minimums else ()),
-                options={"num_warps": 4, "num_stages": 3 if tokens == 1 else 4},
-            )  # fmt: skip
+FORMS = (
+    ("Q4_K", 4, 32, True),
+    ("Q4_0", 4, 32, False),
+    ("AWQ", 4, 128, True),
+    ("Q2_K", 4, 16, True),
+    ("Q6_K", 8, 16, False),
+    ("Q8_0", 8, 32, False),
+)
 
 
-CASES = (*_matmuls(), *_grouped())
+def _grouped(dtype: str, tokens: int, *, is_shared: bool = False, warps: int = 4) -> list[AotCase]:
+    cases = []
+    for form, bits, group, has_minimums in FORMS:
+        counts = ["n", "k", "num_blocks", "zero", "mask", "one"]
+        constants = {
+            "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums, "HAS_BIAS": False,
+            "bias": None,
+        }  # fmt: skip
+        pointers = ["x", "words", "scales", "factors", "out"]
+        if has_minimums:
+            pointers.append("minimums")
+        else:
+            constants["minimums"] = None
+        kernel = grouped_linear.grouped_row_kernel
+        if tokens == 1:
+            constants["BLOCKS"] = warps
+        else:
+            kernel = grouped_linear.grouped_tile_kernel
+            counts += ["tokens", "num_parts", "part_blocks", "x_stride"]
+            constants |= {
+                "TILE_M": tokens, "TILE_N": grouped_linear.TILE_N, "WHOLE_K": True, "BAND": 64,
+                "IS_SHARED": is_shared,
+            }  # fmt: skip
+        types = {
+            "x": f"*{dtype}", "words": "*i32", "scales": "*fp16", "minimums": "*fp16",
+            "factors": "*fp32", "out": "*fp32" if is_shared else f"*{dtype}",
+        }  # fmt: skip
+        for stages, targets in ((4, NVIDIA), (2, AMD)):
+            cases.append(
+                AotCase(
+                    f"grouped {form} {dtype} tokens {tokens} warps {warps}"
+                    f"{' shared' * is_shared} stages {stages}",
+                    kernel,
+                    {**{name: types[name] for name in pointers}, **dict.fromkeys(counts, "i32")},
+                    constants,
+                    (*pointers, "n", "k", "num_blocks", *(["x_stride"] if tokens > 1 else [])),
+                    {"num_warps": warps, "num_stages": stages},
+                    targets,
+                )
+            )
+    return cases
+
+
+CASES = (
+    *_matmuls(),
+    *_grouped("bf16", 1, warps=16),
+    *_grouped("bf16", 1, warps=8),
+    *_grouped("bf16", 16, is_shared=True),
+    *_grouped("fp16", 16),
+    *_grouped("bf16", 64),
+)

@@ -34,30 +34,31 @@ FEW_TOKENS, MANY_TOKENS = 16, 64
 _MAX_TOKENS = 256
 _LEAST_BLOCKS = 4
 _BAND = 64
-UNROLL = 2
+FEW_OUTPUTS = 8192
 _SCRATCH_NUMBERS = 1 << 27
 
 
 @triton.jit
-def scale_of(
-    scales, minimums, block, row, n, zero, inside, SLOT: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
-):  # fmt: skip
-    """Scale and offset, [rows, units], that make weights of the numbers in `unpack`."""
+def scale_of(scales, minimums, at, zero, inside, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr):
+    """Scale and offset that make weights of the numbers in `unpack`; one more dimension, of 1."""
     span: tl.constexpr = 128 if BITS == 4 else 256
-    columns: tl.constexpr = 128 // BITS
-    group = (block * 4 + tl.arange(0, 4)) * columns // GROUP + SLOT * 4 // GROUP
-    at = group[None, :] * n + row[:, None]
     scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
     offset = scale * (-span - zero)
     if HAS_MINIMUMS:
         offset += tl.load(minimums + at, mask=inside, other=0.0).to(tl.float32)
-    return scale * span, offset
+    return tl.expand_dims(scale * span, -1), tl.expand_dims(offset, -1)
+
+
+@triton.jit
+def group_of(block, SLOT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """The group of a slot of each of a block's units, [..., units]."""
+    columns: tl.constexpr = 128 // BITS
+    return (block * 4 + tl.arange(0, 4)) * columns // GROUP + SLOT * 4 // GROUP
 
 
 @triton.jit
 def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexpr):
-    """Slot SLOT of words, [rows, units, 4], as weights in float32.
+    """Slot SLOT of words, [..., units, 4], as weights in float32.
 
     NOTE: mask and one are arguments of the kernel, though always the same: two constants do not fit
     into one instruction, two registers do.
@@ -69,15 +70,7 @@ def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexp
     else:
         bits = word >> -move
     number = ((bits & mask) | one).to(tl.float32, bitcast=True)
-    return tl.fma(number, scale[:, :, None], offset[:, :, None])
-
-
-@triton.jit
-def words_at(words, block, row, n):
-    """Where the words of a block are, [rows, units, 4]."""
-    unit, word = tl.arange(0, 4), tl.arange(0, 4)
-    at = (block * n + row)[:, None, None] * 16 + unit[None, :, None] * 4 + word[None, None, :]
-    return words + at
+    return tl.fma(number, scale, offset)
 
 
 @triton.jit
@@ -86,9 +79,12 @@ def unpack_slot(
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One slot of a block, [rows, units, 4] (what slots load in common is loaded once)."""
-    word = tl.load(words_at(words, block, row, n))
+    unit, lane = tl.arange(0, 4), tl.arange(0, 4)
+    at = (block * n + row)[:, None, None] * 16 + unit[None, :, None] * 4 + lane[None, None, :]
+    word = tl.load(words + at)
+    group = group_of(block, SLOT, BITS, GROUP)
     scale, offset = scale_of(
-        scales, minimums, block, row, n, zero, True, SLOT, BITS, GROUP, HAS_MINIMUMS
+        scales, minimums, group[None, :] * n + row[:, None], zero, True, BITS, HAS_MINIMUMS
     )
     return rounded(unpack(word, scale, offset, mask, one, SLOT, BITS), DTYPE)
 
@@ -125,42 +121,48 @@ def unpack_block(
     return tl.reshape(slots, (ROWS, 512 // BITS))
 
 
-@triton.jit(do_not_specialize=["part_blocks", "zero", "mask", "one"])
+@triton.jit(do_not_specialize=["zero", "mask", "one"])
 def grouped_row_kernel(
-    x, words, scales, minimums, factors, bias, out, n, k, num_blocks, part_blocks, zero, mask, one,
+    x, words, scales, minimums, factors, bias, out, n, k, num_blocks, zero, mask, one,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    IS_SHARED: tl.constexpr, TILE_N: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One token; a program has TILE_N outputs, or a part of their columns (IS_SHARED)."""
+    """One token; a program has 32 outputs, and each of its BLOCKS warps a block of columns.
+
+    Dimensions are [4, BLOCKS, 8, units, words]: threads take the last ones, warps the blocks, so
+    that a warp reads 8 rows of 64 bytes side by side, and a thread's 4 rows share its x.
+    """
     columns: tl.constexpr = 512 // BITS
-    at = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    row = tl.minimum(at, n - 1)
-    by_fours = tl.arange(0, 4)[:, None] * (columns // 4) + tl.arange(0, 4)[None, :]
-    first = tl.program_id(1) * part_blocks
-    last = tl.minimum(first + part_blocks, num_blocks)
-    sums = tl.zeros([TILE_N, 4, 4], tl.float32)
-    for start in range(first, last, UNROLL):
-        for step in tl.static_range(UNROLL):
-            block = start + step
-            inside = block < last
-            word = tl.load(words_at(words, block, row, n), mask=inside, other=0)
-            for slot in tl.static_range(32 // BITS):
-                scale, offset = scale_of(
-                    scales, minimums, block, row, n, zero, inside, slot, BITS, GROUP, HAS_MINIMUMS
-                )
-                column = block * columns + slot * 4 + by_fours
-                values = tl.load(x + column, mask=(column < k) & inside, other=0.0)
-                weight = unpack(word, scale, offset, mask, one, slot, BITS)
-                sums = tl.fma(weight, values.to(tl.float32)[None, :, :], sums)
-    total = tl.sum(tl.sum(sums, 2), 1)
-    if IS_SHARED:
-        tl.store(out + tl.program_id(1) * n + at, total, mask=at < n)
-    else:
-        addend = tl.zeros([TILE_N], tl.float32)
-        if HAS_BIAS:
-            addend = tl.load(bias + row).to(tl.float32)
-        value = finish(total, 1.0, tl.load(factors + row), addend)
-        tl.store(out + at, rounded(value, out.dtype.element_ty), mask=at < n)
+    four, eight = tl.arange(0, 4), tl.arange(0, 8)
+    at = tl.program_id(0) * 32 + four[:, None] * 8 + eight[None, :]
+    row = tl.minimum(at, n - 1)[:, None, :, None]
+    sums = tl.zeros([4, BLOCKS, 8, 4, 4], tl.float32)
+    for start in range(0, num_blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        inside = block < num_blocks
+        place = ((block * n)[None, :, None, None] + row) * 16 + four[None, None, None, :] * 4
+        word = tl.load(
+            words + place[:, :, :, :, None] + four[None, None, None, None, :],
+            mask=inside[None, :, None, None, None], other=0,
+        )  # fmt: skip
+        for slot in tl.static_range(32 // BITS):
+            group = group_of(block[:, None], slot, BITS, GROUP)
+            scale, offset = scale_of(
+                scales, minimums, group[None, :, None, :] * n + row, zero,
+                inside[None, :, None, None], BITS, HAS_MINIMUMS,
+            )  # fmt: skip
+            column = block[:, None] * columns + four[None, :] * (columns // 4)
+            column = column[:, :, None] + (slot * 4 + four)[None, None, :]
+            values = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+            weight = unpack(word, scale, offset, mask, one, slot, BITS)
+            sums = tl.fma(weight, values[None, :, None, :, :], sums)
+    total = tl.sum(tl.sum(tl.sum(sums, 4), 3), 1)
+    inside = at < n
+    addend = tl.zeros([4, 8], tl.float32)
+    if HAS_BIAS:
+        addend = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    value = finish(total, 1.0, tl.load(factors + at, mask=inside, other=0.0), addend)
+    tl.store(out + at, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_blocks", "zero", "mask", "one"])
@@ -237,38 +239,36 @@ def grouped_linear(
     x: Tensor, weight: GroupedWeight, bias: Tensor | None, deterministic: bool
 ) -> Tensor:
     """The product x @ weight.T + bias, the weight rounded to the dtype of x; see Kernels."""
-    tokens = x.shape[0]
+    (tokens, k), n = x.shape, weight.shape[0]
     if tokens > _MAX_TOKENS and not deterministic:
         return _unpacked(x, weight, bias)
-    n = weight.shape[0]
-    tile_m = FEW_TOKENS if deterministic or tokens <= FEW_TOKENS else MANY_TOKENS
+    out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     num_blocks = weight.codes.shape[0]
+    packed = weight.codes, weight.scales, weight.minimums, weight.factors
+    numbers = weight.zero, *_masks(weight.bits)
+    form = {
+        "BITS": weight.bits, "GROUP": weight.group, "HAS_MINIMUMS": weight.minimums is not None,
+        "HAS_BIAS": bias is not None,
+    }  # fmt: skip
+    if tokens == 1 and not deterministic:
+        num_warps = 16 if n <= FEW_OUTPUTS else 8
+        grouped_row_kernel[(triton.cdiv(n, 32),)](
+            x, *packed, bias, out, n, k, num_blocks, *numbers, **form, BLOCKS=num_warps,
+            num_warps=num_warps, **FP_FUSION,
+        )  # fmt: skip
+        return out
+    tile_m = FEW_TOKENS if deterministic or tokens <= FEW_TOKENS else MANY_TOKENS
     n_tiles = triton.cdiv(n, TILE_N)
     parts = cut(n_tiles, num_blocks, _LEAST_BLOCKS)
     num_tiles = n_tiles * triton.cdiv(tokens, tile_m)
     is_shared = are_shared(parts, num_tiles)
-    out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     sums = new_sums(parts, tokens, n, x.device) if is_shared else out
-    grid = num_tiles, parts.count if is_shared else 1
-    packed = weight.codes, weight.scales, weight.minimums, weight.factors
-    form = {
-        "BITS": weight.bits, "GROUP": weight.group, "HAS_MINIMUMS": weight.minimums is not None,
-        "HAS_BIAS": bias is not None, "IS_SHARED": is_shared, "TILE_N": TILE_N,
-    }  # fmt: skip
-    k = weight.shape[1]
-    numbers = weight.zero, *_masks(weight.bits)
-    if tokens == 1 and not deterministic:
-        steps = parts.steps if is_shared else num_blocks
-        grouped_row_kernel[grid](
-            x, *packed, bias, sums, n, k, num_blocks, steps, *numbers,
-            **form, UNROLL=UNROLL, num_warps=4, **FP_FUSION,
-        )  # fmt: skip
-    else:
-        grouped_tile_kernel[grid](
-            x, *packed, bias, sums, tokens, n, k, num_blocks, parts.count, parts.steps, *numbers,
-            x.stride(0), **form, WHOLE_K=k % block_columns(weight.bits) == 0, TILE_M=tile_m,
-            BAND=_BAND, num_warps=4, num_stages=2 if torch.version.hip else 4, **FP_FUSION,
-        )  # fmt: skip
+    grouped_tile_kernel[(num_tiles, parts.count if is_shared else 1)](
+        x, *packed, bias, sums, tokens, n, k, num_blocks, parts.count, parts.steps, *numbers,
+        x.stride(0), **form, WHOLE_K=k % block_columns(weight.bits) == 0, TILE_M=tile_m,
+        TILE_N=TILE_N, IS_SHARED=is_shared, BAND=_BAND, num_warps=4,
+        num_stages=2 if torch.version.hip else 4, **FP_FUSION,
+    )  # fmt: skip
     if is_shared:
         sum_parts(sums, out, bias, weight.factors)
     return out
