@@ -14,6 +14,7 @@ from octavo.backends.torch.kernels import Quantized, QuantizedWeight
 from octavo.backends.torch.plain import linear as plain
 from octavo.backends.torch.triton.grouped_linear import grouped_linear
 from octavo.backends.torch.triton.matmul import matmul
+from octavo.backends.torch.triton.quantized_linear import quantized_linear
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
@@ -22,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 17, 33]
 MATMUL = {"plain": plain.matmul, "triton": matmul}
 GROUPED = {"plain": plain.grouped_linear, "triton": grouped_linear}
-QUANTIZED = {"plain": plain.quantized_linear}
+QUANTIZED = {"plain": plain.quantized_linear, "triton": quantized_linear}
 
 
 def random(rng: np.random.Generator, *shape: int) -> Tensor:
