@@ -3,13 +3,14 @@
 The bytes of the file go to the device as they are and are unpacked there, some rows at a time.
 
 Grouped weights are packed for products (Triton's kernels and `unpack_grouped` read this layout): a
-slot is 16 columns that stand side by side, so they share a group. A word of 32 bits has one code of
-each of 8 slots of 4 bits, or 4 slots of 8 bits, the first slot in the lowest bits: word w of a
-block has column 16 * slot + w of every slot. Words stand as [blocks, out_features, 16]: what the
-rows of a tile need of a block is one piece of memory, and unpacking is a shift and a mask, with the
-columns of a slot in the order of x. Scales and minimums are float16, [groups, out_features], and
-each row has a power of two that they are multiplied with, so that none overflows and those of
-float16 (one level) stay as they are; those of two levels (the K-quants) are rounded to 11 bits.
+block is 16 words of 32 bits of a row: 4 units of 4 words. A unit has consecutive columns, 32 with 4
+bits and 16 with 8; word w of it has its columns w, w + 4, w + 8 and so on, the first in the lowest
+bits. So a thread that loads a unit, 16 bytes, needs one scale (two if groups have 16 columns and
+codes 4 bits), and x by fours. Blocks stand as [blocks, out_features, 16], so that what the
+rows of a tile need of a block is one piece of memory. Scales and minimums are float16, [groups,
+out_features], and each row has a power of two that they are multiplied with, so that none overflows
+and those of float16 (one level) stay as they are; those of two levels (the K-quants) are rounded to
+11 bits.
 
 Bytes a weight with 4 bits: 0.5625 with groups of 32, 0.625 with minimums too; with 8 bits 1.0625,
 and 1.125 with groups of 16.
@@ -39,8 +40,8 @@ from octavo.graph.tensors import (
 WeightMode = Literal["int8 row", "fp8 row", "fp8 block"]
 """One scale a row, or one a block of 128 rows by 128 columns."""
 
-SLOT = 16
-"""Columns that stand side by side in the words of a block."""
+WORDS, UNITS = 16, 4
+"""Words and units of a block."""
 BLOCK = 128
 """Rows and columns that share a scale in "fp8 block"."""
 
@@ -55,7 +56,7 @@ Weight: TypeAlias = Tensor | GroupedWeight | QuantizedWeight
 
 def block_columns(bits: int) -> int:
     """Columns of a block of words."""
-    return SLOT * 32 // bits
+    return WORDS * 32 // bits
 
 
 def dense(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -80,18 +81,18 @@ def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
     """Pack a grouped weight for products.
 
     Raises:
-        KernelError: its groups are not whole slots.
+        KernelError: its groups are not whole units.
     """
     num_rows, columns = tensor.shape
-    if tensor.group % SLOT:
+    if tensor.group != 16 and tensor.group % 32:
         raise KernelError(
-            f"groups of {tensor.group} columns are not supported; take a file with groups of a "
-            f"multiple of {SLOT}"
+            f"groups of {tensor.group} columns are not supported; take a file with groups of 16 "
+            "or a multiple of 32"
         )
     bits = 4 if tensor.bits <= 4 else 8
     num_blocks = -(-columns // block_columns(bits))
     num_groups = -(-num_blocks * block_columns(bits) // tensor.group)
-    words = torch.empty((num_blocks, num_rows, SLOT), dtype=torch.int32, device=device)
+    words = torch.empty((num_blocks, num_rows, WORDS), dtype=torch.int32, device=device)
     shape = (num_groups, num_rows)
     scales = torch.zeros(shape, dtype=torch.float16, device=device)
     minimums = None if tensor.minimums is None else torch.zeros_like(scales)
@@ -124,8 +125,8 @@ def unpack_grouped(weight: GroupedWeight) -> Tensor:
     """The weight in float32, [out_features, in_features]: what products with it mean."""
     num_rows, columns = weight.shape
     shifts = torch.arange(0, 32, weight.bits, dtype=torch.int32, device=weight.codes.device)
-    codes = (weight.codes[:, :, None, :] >> shifts[:, None]) & (2**weight.bits - 1)
-    codes = codes.permute(1, 0, 2, 3).reshape(num_rows, -1)[:, :columns]
+    units = weight.codes.unflatten(2, (UNITS, 1, -1)) >> shifts[:, None]
+    codes = (units & (2**weight.bits - 1)).transpose(0, 1).reshape(num_rows, -1)[:, :columns]
     values = (codes - weight.zero).to(torch.float32)
     groups = values.unflatten(1, (-1, weight.group))
     num_groups = columns // weight.group
@@ -277,10 +278,10 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     columns = codes.shape[1]
     block = block_columns(bits)
     padded = torch.nn.functional.pad(codes, (0, -columns % block))
-    slots = padded.unflatten(1, (-1, block // SLOT, SLOT))
+    fours = padded.unflatten(1, (-1, UNITS, 32 // bits, WORDS // UNITS))
     if bits == 4:
-        slots = slots[:, :, 0::2] | slots[:, :, 1::2] << 4
-    return slots.permute(1, 0, 3, 2).contiguous().view(torch.int32).squeeze(3)
+        fours = fours[:, :, :, 0::2] | fours[:, :, :, 1::2] << 4
+    return fours.permute(1, 0, 2, 4, 3).contiguous().view(torch.int32).flatten(2)
 
 
 def _row_factors(peak: Tensor) -> tuple[Tensor, Tensor]:

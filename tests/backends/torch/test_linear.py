@@ -12,15 +12,19 @@ from torch import Tensor
 from octavo.backends.torch import weights
 from octavo.backends.torch.kernels import Quantized, QuantizedWeight
 from octavo.backends.torch.plain import linear as plain
+from octavo.backends.torch.triton.grouped_linear import grouped_linear
+from octavo.backends.torch.triton.grouped_matmul import grouped_matmul
+from octavo.backends.torch.triton.matmul import matmul
+from octavo.backends.torch.triton.quantized_linear import quantized_linear
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 17, 33]
-MATMUL = {"plain": plain.matmul}
-GROUPED = {"plain": plain.grouped_linear}
-QUANTIZED = {"plain": plain.quantized_linear}
+MATMUL = {"plain": plain.matmul, "triton": matmul}
+GROUPED = {"plain": plain.grouped_linear, "triton": grouped_linear}
+QUANTIZED = {"plain": plain.quantized_linear, "triton": quantized_linear}
 
 
 def random(rng: np.random.Generator, *shape: int) -> Tensor:
@@ -195,3 +199,19 @@ def test_quantized_linear_rows_alone(
         rows = Quantized(x.codes[start:stop], x.scales[start:stop])
         alone = quantized_linear(rows, weight, None, torch.bfloat16, True)
         assert torch.equal(alone, whole[start:stop])
+
+
+@pytest.mark.parametrize("product", [plain.grouped_matmul, grouped_matmul], ids=["plain", "triton"])
+@pytest.mark.parametrize(
+    ("counts", "n", "k"),
+    [((1,), 5, 16), ((0, 3, 0, 17, 1), 131, 64), ((130, 0, 65), 9, 72), ((0, 0, 2), 8, 16)],
+)
+def test_grouped_matmul(
+    rng: np.random.Generator, product: Any, counts: tuple[int, ...], n: int, k: int
+) -> None:
+    x = rows_of(rng, sum(counts), k, torch.bfloat16)
+    weight = random(rng, len(counts), n, k).bfloat16()
+    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    actual = product(x, weight, offsets)
+    for expert, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        assert_close(actual[start:stop], x[start:stop], weight[expert])

@@ -6,6 +6,8 @@ on the rows beside it; what little a library's order of sums could change is far
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -60,4 +62,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
             sums = sums + bias.double()
         out[start : start + _TILE] = sums[: rows.shape[0]]
+    return out
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Each row's product with the weight [N, K] of its expert; as in triton/grouped_matmul.py."""
+    out = torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device)
+    bounds = offsets.tolist()
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
+        out[start:stop] = matmul(x[start:stop], weight[expert], None)
     return out

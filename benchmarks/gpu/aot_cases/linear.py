@@ -1,0 +1,203 @@
+"""Linear operators: dense in fixed tiles, grouped weights, int8 and fp8 codes, experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
+
+from aot_case import AotCase
+
+from octavo.backends.torch.triton import (
+    grouped_linear,
+    grouped_matmul,
+    matmul,
+    parts,
+    quantized_linear,
+)
+
+NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
+FP8_NVIDIA = ("sm_90", "sm_100")
+"""fp8 is float8_e4m3fn, which sm_80 and the matrix cores of gfx942 lack."""
+COUNTS = ("tokens", "num_parts", "part_steps", "part_blocks", "zero", "mask", "one", "first")
+"""Integers that are not specialized, so they count as divisible by nothing."""
+FORMS = (
+    ("Q4_K", 4, 32, True),
+    ("Q4_0", 4, 32, False),
+    ("AWQ", 4, 128, True),
+    ("Q2_K", 4, 16, True),
+    ("Q6_K", 8, 16, False),
+    ("Q8_0", 8, 32, False),
+)
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    options: Mapping[str, int],
+    targets: tuple[str, ...],
+) -> AotCase:
+    """A case whose other arguments are integers, divisible by 16 where that is looked at."""
+    integers = [n for n in kernel.arg_names if n not in types and n not in constants]
+    return AotCase(
+        name,
+        kernel,
+        {**types, **dict.fromkeys(integers, "i32")},
+        constants,
+        (*types, *(n for n in integers if n not in COUNTS and not n.endswith("scale_stride"))),
+        options,
+        targets,
+    )
+
+
+def _matmuls() -> Iterator[AotCase]:
+    for dtype in ("bf16", "fp16"):
+        for pieces, is_shared in ((1, True), (1, False), (2, False)):
+            types = {"x": f"*{dtype}", "weight": f"*{dtype}", "bias": f"*{dtype}"}
+            constants: dict[str, Any] = {
+                "IS_SHARED": is_shared, "PIECES": pieces, "WHOLE_K": True, "HAS_BIAS": True,
+                "PIECE": matmul.PIECE, "TILE_N": matmul.TILE_N, "STEP": 64, "BAND": 16,
+            }  # fmt: skip
+            if is_shared:
+                types.pop("bias")
+                constants |= {"bias": None, "HAS_BIAS": False}
+            types["out"] = "*fp32" if is_shared else f"*{dtype}"
+            for stages, targets in ((4, NVIDIA), (2, AMD)):
+                yield _case(
+                    f"matmul {dtype} pieces {pieces}{' shared' * is_shared} stages {stages}",
+                    matmul.matmul_kernel,
+                    types,
+                    constants,
+                    {"num_warps": 8, "num_stages": stages},
+                    targets,
+                )
+
+
+def _grouped(
+    dtype: str, tokens: int, *, is_shared: bool = False, warps: int = 4
+) -> Iterator[AotCase]:
+    for form, bits, group, has_minimums in FORMS:
+        constants: dict[str, Any] = {
+            "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums, "HAS_BIAS": False,
+            "bias": None,
+        }  # fmt: skip
+        types = {
+            "x": f"*{dtype}", "words": "*i32", "scales": "*fp16", "minimums": "*fp16",
+            "factors": "*fp32", "out": "*fp32" if is_shared else f"*{dtype}",
+        }  # fmt: skip
+        if not has_minimums:
+            types.pop("minimums")
+            constants["minimums"] = None
+        kernel = grouped_linear.grouped_row_kernel
+        if tokens == 1:
+            constants["BLOCKS"] = warps
+        else:
+            kernel = grouped_linear.grouped_tile_kernel
+            constants |= {
+                "TILE_M": tokens, "TILE_N": grouped_linear.TILE_N, "WHOLE_K": True, "BAND": 64,
+                "IS_SHARED": is_shared,
+            }  # fmt: skip
+        for stages, targets in ((4, NVIDIA), (2, AMD)):
+            yield _case(
+                f"grouped {form} {dtype} tokens {tokens} warps {warps}"
+                f"{' shared' * is_shared} stages {stages}",
+                kernel,
+                types,
+                constants,
+                {"num_warps": warps, "num_stages": stages},
+                targets,
+            )
+
+
+def _unpacks() -> Iterator[AotCase]:
+    for form, bits, group, has_minimums in FORMS:
+        types = {
+            "words": "*i32", "scales": "*fp16", "minimums": "*fp16", "factors": "*fp32",
+            "out": "*bf16",
+        }  # fmt: skip
+        constants: dict[str, Any] = {
+            "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums,
+            "TILE_N": grouped_linear.TILE_N,
+        }  # fmt: skip
+        if not has_minimums:
+            types.pop("minimums")
+            constants["minimums"] = None
+        yield _case(
+            f"unpack {form}", grouped_linear.unpack_kernel, types, constants, {"num_warps": 4}, ()
+        )
+
+
+def _quantized(codes: str, *, is_blocked: bool) -> Iterator[AotCase]:
+    for pieces, is_shared in ((1, True), (1, False), (2, False)):
+        types = {"x": f"*{codes}", "weight": f"*{codes}", "x_scales": "*fp32", "w_scales": "*fp32"}
+        types["out"] = "*fp32" if is_shared else "*bf16"
+        constants = {
+            "IS_BLOCKED": is_blocked, "HAS_BIAS": False, "bias": None, "IS_SHARED": is_shared,
+            "PIECES": pieces, "WHOLE_K": True, "PIECE": matmul.PIECE, "TILE_N": matmul.TILE_N,
+            "STEP": 128, "BAND": 16,
+        }  # fmt: skip
+        for stages, targets in ((4, NVIDIA if codes == "i8" else FP8_NVIDIA), (2, AMD)):
+            if codes != "i8" and targets == AMD:
+                continue
+            yield _case(
+                f"quantized {codes}{' blocks' * is_blocked} pieces {pieces}"
+                f"{' shared' * is_shared} stages {stages}",
+                quantized_linear.quantized_kernel,
+                types,
+                constants,
+                {"num_warps": 8, "num_stages": stages},
+                targets,
+            )
+
+
+def _sums() -> Iterator[AotCase]:
+    for name, scaled in (
+        ("", ()),
+        (" scaled", ("scales",)),
+        (" scaled rows", ("scales", "row_scales")),
+    ):
+        absent = {"scales", "row_scales", "bias"} - {*scaled}
+        yield _case(
+            f"sum parts{name}",
+            parts.sum_parts_kernel,
+            {"sums": "*fp32", "out": "*bf16", **dict.fromkeys(scaled, "*fp32")},
+            {
+                **dict.fromkeys(absent), "HAS_ROW_SCALES": "row_scales" in scaled,
+                "HAS_SCALES": "scales" in scaled, "HAS_BIAS": False, "BLOCK": 1024,
+            },
+            {"num_warps": 4},
+            (),
+        )  # fmt: skip
+
+
+def _experts() -> Iterator[AotCase]:
+    for tile_m, (stages, targets) in product((16, 64), ((4, NVIDIA), (2, AMD))):
+        yield _case(
+            f"experts bf16 rows {tile_m} stages {stages}",
+            grouped_matmul.grouped_matmul_kernel,
+            {"x": "*bf16", "weight": "*bf16", "offsets": "*i32", "out": "*bf16"},
+            {
+                "WHOLE_K": True, "EXPERTS": 128, "TILE_M": tile_m,
+                "TILE_N": grouped_matmul.TILE_N, "STEP": grouped_matmul.STEP,
+            },
+            {"num_warps": 4, "num_stages": stages},
+            targets,
+        )  # fmt: skip
+
+
+CASES = (
+    *_matmuls(),
+    *_grouped("bf16", 1, warps=16),
+    *_grouped("bf16", 1, warps=8),
+    *_grouped("bf16", 16, is_shared=True),
+    *_grouped("fp16", 16),
+    *_grouped("bf16", 64),
+    *_unpacks(),
+    *_quantized("i8", is_blocked=False),
+    *_quantized("fp8e4nv", is_blocked=False),
+    *_quantized("fp8e4nv", is_blocked=True),
+    *_experts(),
+    *_sums(),
+)

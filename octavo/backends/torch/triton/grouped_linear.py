@@ -1,0 +1,300 @@
+"""Products with grouped weights of 4 or 8 bits and 16-bit activations (W4A16, W8A16).
+
+A code becomes a number without a conversion: its bits, moved to the top of the mantissa of 1.0,
+make 1 + code / 2**bits, and one multiplication and addition with the group's scale (and minimum)
+makes the weight: three instructions and half a conversion each. The words' layout (weights.py)
+gives 16 columns of consecutive x at a time: the K of one tensor core instruction.
+
+- One token: dot products in float32 without tensor cores, of 64 rows of the weight a program, words
+  straight into registers. The floor is the packed bytes over bandwidth; instructions allow about 70
+  % of it on an H200.
+- Up to 256 tokens, and any number if deterministic: tensor cores, the weight unpacked in registers
+  to the dtype of x. 16 tokens a tile when there are not more or when deterministic (one tile for
+  all T, and so one order of sums), else 64.
+- More: unpacking once (2.6 bytes a weight moved) costs less than a matrix rate below the library's,
+  so the weight is written out in the dtype of x, at most 256 MiB at a time, and torch multiplies.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.backends.torch.kernels import GroupedWeight
+from octavo.backends.torch.triton.dot import dot, rounded
+from octavo.backends.torch.triton.launch import FP_FUSION
+from octavo.backends.torch.triton.matmul import place
+from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
+from octavo.backends.torch.weights import block_columns
+
+TILE_N = 64
+FEW_TOKENS, MANY_TOKENS = 16, 64
+_MAX_TOKENS = 256
+_LEAST_BLOCKS = 4
+_BAND = 64
+FEW_OUTPUTS = 8192
+_SCRATCH_NUMBERS = 1 << 27
+
+
+@triton.jit
+def scale_of(scales, minimums, at, zero, inside, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr):
+    """Scale and offset that make weights of the numbers in `unpack`; one more dimension, of 1."""
+    span: tl.constexpr = 128 if BITS == 4 else 256
+    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+    offset = scale * (-span - zero)
+    if HAS_MINIMUMS:
+        offset += tl.load(minimums + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.expand_dims(scale * span, -1), tl.expand_dims(offset, -1)
+
+
+@triton.jit
+def group_of(block, SLOT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """The group of a slot of each of a block's units, [..., units]."""
+    columns: tl.constexpr = 128 // BITS
+    return (block * 4 + tl.arange(0, 4)) * columns // GROUP + SLOT * 4 // GROUP
+
+
+@triton.jit
+def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexpr):
+    """Slot SLOT of words, [..., units, 4], as weights in float32.
+
+    NOTE: mask and one are arguments of the kernel, though always the same: two constants do not fit
+    into one instruction, two registers do.
+    """
+    top: tl.constexpr = 16 if BITS == 4 else 15  # codes of slot 4 are there already
+    move: tl.constexpr = top - SLOT * BITS
+    if move >= 0:
+        bits = word << move
+    else:
+        bits = word >> -move
+    number = ((bits & mask) | one).to(tl.float32, bitcast=True)
+    return tl.fma(number, scale, offset)
+
+
+@triton.jit
+def unpack_slot(
+    words, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One slot of a block, [rows, units, 4] (what slots load in common is loaded once)."""
+    unit, lane = tl.arange(0, 4), tl.arange(0, 4)
+    at = (block * n + row)[:, None, None] * 16 + unit[None, :, None] * 4 + lane[None, None, :]
+    word = tl.load(words + at)
+    group = group_of(block, SLOT, BITS, GROUP)
+    scale, offset = scale_of(
+        scales, minimums, group[None, :] * n + row[:, None], zero, True, BITS, HAS_MINIMUMS
+    )
+    return rounded(unpack(word, scale, offset, mask, one, SLOT, BITS), DTYPE)
+
+
+@triton.jit
+def unpack_block(
+    words, scales, minimums, block, row, n, zero, mask, one, ROWS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Weights of a block, [rows, columns].
+
+    All slots of a word stand in one thread's registers, so joining them moves nothing: the last
+    dimension is the lowest bit of a slot's number.
+    """
+    a = words, scales, minimums, block, row, n, zero, mask, one
+    if BITS == 4:
+        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s4 = unpack_slot(*a, 4, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s5 = unpack_slot(*a, 5, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s6 = unpack_slot(*a, 6, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s7 = unpack_slot(*a, 7, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
+        odd = tl.join(tl.join(s1, s5), tl.join(s3, s7))
+        slots = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2))
+    else:
+        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 1, 3, 4, 2))
+    return tl.reshape(slots, (ROWS, 512 // BITS))
+
+
+@triton.jit(do_not_specialize=["zero", "mask", "one"])
+def grouped_row_kernel(
+    x, words, scales, minimums, factors, bias, out, n, k, num_blocks, zero, mask, one,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One token; a program has 32 outputs, and each of its BLOCKS warps a block of columns.
+
+    Dimensions are [4, BLOCKS, 8, units, words]: threads take the last ones, warps the blocks, so
+    that a warp reads 8 rows of 64 bytes side by side, and a thread's 4 rows share its x.
+    """
+    columns: tl.constexpr = 512 // BITS
+    four, eight = tl.arange(0, 4), tl.arange(0, 8)
+    at = tl.program_id(0) * 32 + four[:, None] * 8 + eight[None, :]
+    row = tl.minimum(at, n - 1)[:, None, :, None]
+    sums = tl.zeros([4, BLOCKS, 8, 4, 4], tl.float32)
+    for start in range(0, num_blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        inside = block < num_blocks
+        place = ((block * n)[None, :, None, None] + row) * 16 + four[None, None, None, :] * 4
+        word = tl.load(
+            words + place[:, :, :, :, None] + four[None, None, None, None, :],
+            mask=inside[None, :, None, None, None], other=0,
+        )  # fmt: skip
+        for slot in tl.static_range(32 // BITS):
+            group = group_of(block[:, None], slot, BITS, GROUP)
+            scale, offset = scale_of(
+                scales, minimums, group[None, :, None, :] * n + row, zero,
+                inside[None, :, None, None], BITS, HAS_MINIMUMS,
+            )  # fmt: skip
+            column = block[:, None] * columns + four[None, :] * (columns // 4)
+            column = column[:, :, None] + (slot * 4 + four)[None, None, :]
+            values = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+            weight = unpack(word, scale, offset, mask, one, slot, BITS)
+            sums = tl.fma(weight, values[None, :, None, :, :], sums)
+    total = tl.sum(tl.sum(tl.sum(sums, 4), 3), 1)
+    inside = at < n
+    addend = tl.zeros([4, 8], tl.float32)
+    if HAS_BIAS:
+        addend = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    value = finish(total, 1.0, tl.load(factors + at, mask=inside, other=0.0), addend)
+    tl.store(out + at, rounded(value, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "num_parts", "part_blocks", "zero", "mask", "one"])
+def grouped_tile_kernel(
+    x, words, scales, minimums, factors, bias, out, tokens, n, k, num_blocks, num_parts,
+    part_blocks, zero, mask, one, x_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_SHARED: tl.constexpr, WHOLE_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    """Several tokens; a program has a tile, or a part of its columns (IS_SHARED)."""
+    columns: tl.constexpr = 512 // BITS
+    first_row, first_out = place(tokens, n, TILE_M, TILE_N, BAND)
+    rows = first_row + tl.arange(0, TILE_M)
+    at = first_out + tl.arange(0, TILE_N)
+    row = tl.minimum(at, n - 1)
+    lane = tl.arange(0, columns)
+    token = tl.minimum(rows, tokens - 1).to(tl.int64)
+    x_at = x + token[:, None] * x_stride + lane[None, :]
+    total = tl.zeros([TILE_M, TILE_N], tl.float32)
+    first_part = 0
+    if IS_SHARED:
+        first_part = tl.program_id(1)
+        out += first_part.to(tl.int64) * tokens * n
+        num_parts = first_part + 1
+    for part in range(first_part, num_parts):
+        sums = tl.zeros([TILE_M, TILE_N], tl.float32)
+        last = tl.minimum((part + 1) * part_blocks, num_blocks)
+        for block in range(part * part_blocks, last):
+            if WHOLE_K:
+                values = tl.load(x_at + block * columns)
+            else:
+                inside = block * columns + lane < k
+                values = tl.load(x_at + block * columns, mask=inside[None, :], other=0.0)
+            weight = unpack_block(
+                words, scales, minimums, block, row, n, zero, mask, one,
+                TILE_N, BITS, GROUP, HAS_MINIMUMS, values.dtype,
+            )  # fmt: skip
+            sums = dot(values, tl.trans(weight), sums)
+        total += sums
+    inside = (rows < tokens)[:, None] & (at < n)[None, :]
+    to = out + rows.to(tl.int64)[:, None] * n + at[None, :]
+    if IS_SHARED:
+        tl.store(to, total, mask=inside)
+    else:
+        addend = tl.zeros([TILE_N], tl.float32)
+        if HAS_BIAS:
+            addend = tl.load(bias + row).to(tl.float32)
+        value = finish(total, 1.0, tl.load(factors + row)[None, :], addend[None, :])
+        tl.store(to, rounded(value, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "zero", "mask", "one"])
+def unpack_kernel(
+    words, scales, minimums, factors, out, first, num_rows, n, k, zero, mask, one,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Rows `first` and on, written out [num_rows, k]; a program has a block of TILE_N rows."""
+    columns: tl.constexpr = 512 // BITS
+    at = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(first + at, n - 1)
+    block = tl.program_id(1)
+    weight = unpack_block(
+        words, scales, minimums, block, row, n, zero, mask, one,
+        TILE_N, BITS, GROUP, HAS_MINIMUMS, tl.float32,
+    ) * tl.load(factors + row)[:, None]  # fmt: skip
+    column = block * columns + tl.arange(0, columns)
+    to = out + at.to(tl.int64)[:, None] * k + column[None, :]
+    inside = (at < num_rows)[:, None] & (column < k)[None, :]
+    tl.store(to, rounded(weight, out.dtype.element_ty), mask=inside)
+
+
+def grouped_linear(
+    x: Tensor, weight: GroupedWeight, bias: Tensor | None, deterministic: bool
+) -> Tensor:
+    """The product x @ weight.T + bias, the weight rounded to the dtype of x; see Kernels."""
+    (tokens, k), n = x.shape, weight.shape[0]
+    if tokens > _MAX_TOKENS and not deterministic:
+        return _unpacked(x, weight, bias)
+    out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
+    num_blocks = weight.codes.shape[0]
+    packed = weight.codes, weight.scales, weight.minimums, weight.factors
+    numbers = weight.zero, *_masks(weight.bits)
+    form = {
+        "BITS": weight.bits, "GROUP": weight.group, "HAS_MINIMUMS": weight.minimums is not None,
+        "HAS_BIAS": bias is not None,
+    }  # fmt: skip
+    if tokens == 1 and not deterministic:
+        num_warps = 16 if n <= FEW_OUTPUTS else 8
+        grouped_row_kernel[(triton.cdiv(n, 32),)](
+            x, *packed, bias, out, n, k, num_blocks, *numbers, **form, BLOCKS=num_warps,
+            num_warps=num_warps, **FP_FUSION,
+        )  # fmt: skip
+        return out
+    tile_m = FEW_TOKENS if deterministic or tokens <= FEW_TOKENS else MANY_TOKENS
+    n_tiles = triton.cdiv(n, TILE_N)
+    parts = cut(n_tiles, num_blocks, _LEAST_BLOCKS)
+    num_tiles = n_tiles * triton.cdiv(tokens, tile_m)
+    is_shared = are_shared(parts, num_tiles)
+    sums = new_sums(parts, tokens, n, x.device) if is_shared else out
+    grouped_tile_kernel[(num_tiles, parts.count if is_shared else 1)](
+        x, *packed, bias, sums, tokens, n, k, num_blocks, parts.count, parts.steps, *numbers,
+        x.stride(0), **form, WHOLE_K=k % block_columns(weight.bits) == 0, TILE_M=tile_m,
+        TILE_N=TILE_N, IS_SHARED=is_shared, BAND=_BAND, num_warps=4,
+        num_stages=2 if torch.version.hip else 4, **FP_FUSION,
+    )  # fmt: skip
+    if is_shared:
+        sum_parts(sums, out, bias, weight.factors)
+    return out
+
+
+def _masks(bits: int) -> tuple[int, int]:
+    """The `mask` and `one` of `unpack`."""
+    return (0xF << 16 if bits == 4 else 0xFF << 15), 0x3F800000
+
+
+def _unpacked(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
+    """The same by way of the weight in the dtype of x, some rows at a time."""
+    n, k = weight.shape
+    out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    step = max(TILE_N, _SCRATCH_NUMBERS // k // TILE_N * TILE_N)
+    for first in range(0, n, step):
+        num_rows = min(step, n - first)
+        rows = torch.empty((num_rows, k), dtype=x.dtype, device=x.device)
+        unpack_kernel[(triton.cdiv(num_rows, TILE_N), weight.codes.shape[0])](
+            weight.codes, weight.scales, weight.minimums, weight.factors, rows, first, num_rows,
+            n, k, weight.zero, *_masks(weight.bits), BITS=weight.bits, GROUP=weight.group,
+            HAS_MINIMUMS=weight.minimums is not None, TILE_N=TILE_N, num_warps=4, **FP_FUSION,
+        )  # fmt: skip
+        part = out[:, first : first + num_rows]
+        if bias is None:
+            torch.mm(x, rows.T, out=part)
+        else:
+            torch.addmm(bias[first : first + num_rows], x, rows.T, out=part)
+    return out
