@@ -62,14 +62,14 @@ def find_recipes(scheme: Scheme | None, infos: Mapping[str, TensorInfo]) -> Mapp
         if strange is not None:
             raise ModelFileError(
                 f"the tensor {strange!r} is part of a quantized weight, but config.json has no "
-                '"quantization_config"; download config.json again'
+                '"quantization_config"; take a version of the model that says how it is quantized'
             )
         return {}
     if scheme.method == "fp8":
         return {
             name: _Float8.find(scheme, name, infos)
             for name, info in infos.items()
-            if info.type == "F8_E4M3"
+            if info.type in ("F8_E4M3", "F8_E5M2") and name.endswith(".weight")
         }
     modules = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
     return {f"{module}.weight": _Packed.find(scheme, module, infos) for module in modules}
@@ -218,7 +218,8 @@ class _Float8:
         scales, given, block = self.scale, self.input_scale, self.scheme.block
         types = {scales.type} if given is None else {scales.type, given.type}
         sizes = [*self.weight.shape] if given is None else [*self.weight.shape, *given.shape]
-        if len(self.weight.shape) == 2 and 0 not in sizes and types <= {*SCALE_TYPES}:
+        is_sound = self.weight.type == "F8_E4M3" and types <= {*SCALE_TYPES}
+        if is_sound and len(self.weight.shape) == 2 and 0 not in sizes:
             rows, columns = self.weight.shape
             if scales.shape in ((), (1,), (1, 1)):
                 return (rows, columns), (rows, columns)
@@ -227,10 +228,9 @@ class _Float8:
             if block and scales.shape == (-(-rows // block[0]), -(-columns // block[1])):
                 return (rows, columns), block
         raise ModelFileError(
-            f"{self.weight.name} {list(self.weight.shape)} with scales {scales.type} "
-            f"{list(scales.shape)} is "
-            f"neither scaled as a whole, nor by rows, nor in the blocks of config.json ({block}); "
-            "take another version of the model"
+            f"{self.weight.name} {self.weight.type} {list(self.weight.shape)} with scales "
+            f"{scales.type} {list(scales.shape)} is no F8_E4M3 scaled as a whole, by rows or in "
+            f"the blocks of config.json ({block}); take another version of the model"
         )
 
 

@@ -93,6 +93,8 @@ def _compressed_tensors(section: Mapping[str, object]) -> Scheme:
     sparsity = section.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise _fault("sparsity_config.format", sparsity["format"], "take a version that is dense")
+    if section.get("transform_config"):
+        raise _fault("transform_config", section["transform_config"], "take a version without it")
     groups = section.get("config_groups")
     if not isinstance(groups, Mapping):
         raise _fault("quantization_config.config_groups", groups, _OTHER)
