@@ -75,6 +75,7 @@ def compressed_tensors(strategy: str) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
+        "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
     }
