@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -163,6 +163,7 @@ def declare(files: ModelFiles) -> registry.Model:
         files.config,
         files.names(),
         lambda name: tuple(files.tensor(name).dequantize().ravel().tolist()),
+        files.spare(),
     )
 
 
@@ -232,41 +233,68 @@ def _given_weights(
 def weights_nbytes(
     model: registry.Model, files: ModelFiles, quantization: Quantization | None
 ) -> int:
-    """Bytes of all weights as stored, or as they would be once quantized.
+    """Bytes of all weights about as the CPU backend keeps them, once quantized if asked for.
 
     Raises:
         ConfigError: there is nothing to quantize.
     """
-    weights = {name: files.tensor(model.file_names(name)) for name in model.graph.weights}
-    formats = {} if quantization is None else choose_formats(model.graph, weights, quantization)
+    formats: Mapping[str, str] = {}
+    if quantization is not None:
+        formats = choose_formats(model.graph, stored_weights(model, files), quantization)
     return sum(
-        quantized_nbytes(tensor.shape, formats[name]) if name in formats else tensor.nbytes
-        for name, tensor in weights.items()
+        quantized_nbytes(shape, formats[name])
+        if name in formats
+        else files.outline(model.file_names(name)).widened_nbytes
+        for name, shape in model.graph.weights.items()
     )
 
 
 def stored_weights(model: registry.Model, files: ModelFiles) -> Mapping[str, StoredTensor]:
     """Every weight of the graph, its shape checked and made what the declaration means.
 
+    A weight is made when it is looked up, and not kept: packed codes are unpacked one at a time.
+
     Raises:
         ModelFileError: a tensor is missing, or has another shape than the model declares.
     """
-    weights: dict[str, StoredTensor] = {}
     for weight, shape in model.graph.weights.items():
         name = model.file_names(weight)
-        tensor = files.tensor(name)
-        if tuple(tensor.shape) != shape:
+        found = files.outline(name).shape
+        if tuple(found) != shape:
             raise ModelFileError(
-                f"tensor {name} has shape {list(tensor.shape)}, the configuration needs "
-                f"{list(shape)}: the files do not belong together"
+                f"tensor {name} has shape {list(found)}, the configuration needs {list(shape)}: "
+                "the files do not belong together"
             )
-        match model.transforms.get(weight):
+    return _StoredWeights(model, files)
+
+
+class _StoredWeights(Mapping[str, StoredTensor]):
+    """See stored_weights."""
+
+    def __init__(self, model: registry.Model, files: ModelFiles) -> None:
+        self._model = model
+        self._files = files
+
+    def __getitem__(self, weight: str) -> StoredTensor:
+        if weight not in self._model.graph.weights:
+            raise KeyError(weight)
+        name = self._model.file_names(weight)
+        match self._model.transforms.get(weight):
             case UnpermuteRope() as transform:
-                tensor = files.tensor(name, _file_rows(transform))
+                return self._files.tensor(name, _file_rows(transform))
             case AddOne():
-                tensor = DenseTensor(tensor.dequantize() + np.float32(1), "f32")
-        weights[weight] = tensor
-    return weights
+                values = self._files.tensor(name).dequantize()
+                return DenseTensor(values + np.float32(1), "f32")
+        return self._files.tensor(name)
+
+    def __contains__(self, weight: object) -> bool:
+        return weight in self._model.graph.weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._model.graph.weights)
+
+    def __len__(self) -> int:
+        return len(self._model.graph.weights)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from octavo.config import Quantization
 from octavo.errors import ConfigError
 from octavo.graph import ops as op
-from octavo.graph.tensors import DenseTensor, GroupedTensor, StoredTensor
+from octavo.graph.tensors import DenseTensor, StoredTensor
 from octavo.graph.trace import Graph
 from octavo.weights.formats import quantize as formats
 from octavo.weights.formats.quantize import GROUP, can_quantize, quantize
@@ -39,7 +39,7 @@ def choose_formats(
         chosen = {name: kind for name, kind in chosen.items() if name not in outer}
     if chosen:
         return chosen
-    known = {w.format for w in weights.values() if isinstance(w, GroupedTensor)}
+    known = {w.format for w in weights.values() if not isinstance(w, DenseTensor)}
     if known:
         reason = f"the file is quantized already ({', '.join(sorted(known))})"
     else:
