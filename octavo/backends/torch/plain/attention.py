@@ -40,7 +40,7 @@ def attention(
 
 
 def read(cache: LayerCache, table: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """K and V of positions `low` to `high` of a sequence, float64 [kv_heads, positions, D]."""
+    """K and V of the positions `low` to `high`, float64 [kv_heads, positions, head_dim]."""
     block_size = cache.values.shape[3]
     at = torch.arange(low, high, device=table.device)
     blocks, offsets = table[at // block_size].long(), at % block_size
