@@ -29,6 +29,7 @@ from torch import Tensor
 from octavo.backends.torch.kernels import GroupedWeight, QuantizedWeight
 from octavo.errors import KernelError
 from octavo.graph.tensors import (
+    BlockFloatTensor,
     Codes,
     DenseTensor,
     GroupedTensor,
@@ -61,6 +62,8 @@ def block_columns(bits: int) -> int:
 
 def dense(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A weight in floating point, of any stored form, rounded once."""
+    if isinstance(tensor, BlockFloatTensor):
+        return torch.from_numpy(tensor.dequantize()).to(device, dtype)
     if isinstance(tensor, DenseTensor):
         stored = _to_device(tensor.data, torch.device("cpu"))
         if tensor.dtype == "bf16":
