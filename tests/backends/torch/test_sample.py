@@ -26,7 +26,7 @@ def sample(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
     """Both implementations; tiles are smaller than on a device, where the interpreter is slow."""
     monkeypatch.setattr(fast, "TILE", 1024)
     monkeypatch.setattr(sample_filters, "TILE", 1024)
-    monkeypatch.setattr(sample_filters, "CHUNK", 256)
+    monkeypatch.setattr(sample_filters, "CHUNK", 512)
     return {"plain": plain.sample, "triton": fast.sample}[request.param]
 
 
@@ -120,15 +120,13 @@ def test_tokens(kit: Any, rng: np.random.Generator, sample: Sample, vocab: int) 
     """Each case in rows of its own, beside the others in one step."""
     names = ("temperature", "top_k", "top_p", "min_p")
     default = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    each = 2 if vocab == VOCAB else 1
-    cases = [default | case for case in CASES.values() for _ in range(each)]
+    cases = [default | case for case in CASES.values()]
     count = len(cases)
     changes = {name: [case[name] for case in cases] for name in names}
     rows = kit.rows(count, **changes, seed=np.arange(count), index=3, position=np.arange(count) * 7)
     actual, expected = sample_both(sample, random_logits(rng, count, vocab), rows)
-    for name, rows_of in zip(CASES, range(0, count, each), strict=True):
-        own = slice(rows_of, rows_of + each)
-        np.testing.assert_array_equal(actual.tokens[own], expected.tokens[own], err_msg=name)
+    found = dict(zip(CASES, actual.tokens.tolist(), strict=True))
+    assert found == dict(zip(CASES, expected.tokens.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("has_filters", [False, True])
@@ -149,7 +147,7 @@ def test_large_vocabulary(
         num_logprobs=5,
         **(filters if has_filters else {}),
     )
-    actual, expected = sample_both(sample, random_logits(rng, 6, 5_001), rows)
+    actual, expected = sample_both(sample, random_logits(rng, 6, 3_001), rows)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     assert_logprobs(actual, expected, rows)
 

@@ -18,6 +18,7 @@ from octavo.backends.torch.triton import sample_filters as filters
 from octavo.backends.torch.triton.sample_parts import (
     INFINITE,
     NO_PAIR,
+    UNALIGNED,
     fast_noise,
     id_of_pair,
     is_filtered,
@@ -31,11 +32,13 @@ from octavo.backends.torch.triton.sample_parts import (
 TILE = 2048
 EDITS = 1024
 EDIT_PROGRAMS = 4
+MOST_TOP = 20
+"""Log probabilities a token that most ask for at most: what is compiled depends on no lesser K."""
 EXACT = {"enable_fp_fusion": False}
 """A product and a sum are rounded each, as in the reference: a token is the same everywhere."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def bias_kernel(logits, stride, start, ids, values, SIZE: tl.constexpr):
     """Add a row's biases to its logits; the ids of a row are distinct."""
     row = tl.program_id(0)
@@ -50,7 +53,7 @@ def bias_kernel(logits, stride, start, ids, values, SIZE: tl.constexpr):
         tl.store(targets, added, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def penalty_kernel(
     logits, stride, repetition, presence, frequency, start, ids, counts, SIZE: tl.constexpr
 ):
@@ -95,7 +98,16 @@ def best_with_noise(logits, scaled, ids, key, temperature):
     return best
 
 
-@triton.jit(do_not_specialize=["num_top"])
+@triton.jit
+def store_best(pairs, out, count):
+    """Store the best pairs, in order."""
+    for k in range(count):
+        best = tl.max(pairs, 0)
+        tl.store(out + k, best)
+        pairs = tl.where(pairs == best, NO_PAIR, pairs)
+
+
+@triton.jit(do_not_specialize=["num_top"], do_not_specialize_on_alignment=UNALIGNED)
 def tile_kernel(
     logits,
     stride,
@@ -132,7 +144,9 @@ def tile_kernel(
     values = tl.load(logits + ids, ids < vocab, float("-inf"))
     tl.store(finite_out + out, tl.max((tl.abs(values) < float("inf")).to(tl.int32), 0))
     heat = tl.load(temperature + row)
-    scaled = tl.div_rn(values, tl.where(heat > 0, heat, 1.0))
+    scaled = values
+    if NOISE:
+        scaled = tl.div_rn(values, tl.where(heat > 0, heat, 1.0))
     best = tl.max(pairs_of(scaled, ids), 0)
     if NOISE:
         is_noisy = (heat > 0) & (order_of_pair(best) < INFINITE)
@@ -149,17 +163,14 @@ def tile_kernel(
         if EDITED:
             values = tl.load(raw + row.to(tl.int64) * raw_stride + ids, ids < vocab, float("-inf"))
         top = tl.max(values, 0)
-        shift = tl.where(top == float("-inf"), 0.0, top)
         tl.store(max_out + out, top)
+        shift = tl.where(top == float("-inf"), 0.0, top)
         tl.store(sum_out + out, tl.sum(tl.exp(values - shift), 0))
         pairs = tl.where(ids < vocab, pairs_of(values, ids), NO_PAIR)
-        for k in range(wanted):
-            best = tl.max(pairs, 0)
-            tl.store(top_out + out.to(tl.int64) * num_top + k, best)
-            pairs = tl.where(pairs == best, NO_PAIR, pairs)
+        store_best(pairs, top_out + out.to(tl.int64) * num_top, wanted)
 
 
-@triton.jit(do_not_specialize=["num_top"])
+@triton.jit(do_not_specialize=["num_top"], do_not_specialize_on_alignment=UNALIGNED)
 def merge_kernel(
     raw,
     stride,
@@ -256,7 +267,7 @@ def sample(logits: Tensor, rows: SampleArrays) -> Sampled:
         num_tiles,
         rows.num_top,
         TILES=triton.next_power_of_2(num_tiles),
-        TOPS=triton.next_power_of_2(max(1, num_tiles * rows.num_top)),
+        TOPS=triton.next_power_of_2(num_tiles * max(MOST_TOP, rows.num_top)) if rows.num_top else 1,
         FILTERS=has_filters,
         num_warps=4,
         **EXACT,
