@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from octavo.backends.reference.sampling import gumbel_noise
 from octavo.backends.reference.sampling import sample as expected_sample
 from octavo.backends.torch.kernels import SampleArrays, Sampled
 from octavo.backends.torch.plain import sample as plain
 from octavo.backends.torch.triton import sample as fast
-from octavo.backends.torch.triton import sample_filters
+from octavo.backends.torch.triton import sample_filters, sample_parts
 from octavo.graph.batch import Float32, SamplingRows, StepOutput
 
 Sample = Callable[[torch.Tensor, SampleArrays], Sampled]
@@ -186,6 +188,24 @@ def test_noise_to_the_last_bit(kit: Any) -> None:
     expected = [gumbel_noise(5, 0, 0, 5000), gumbel_noise(2**64 - 3, 9, 2**31 - 1, 5000)]
     np.testing.assert_allclose(actual, expected, rtol=1.3e-7)
     assert np.mean(actual != expected) < 1e-3
+
+
+@triton.jit
+def both_noises(keys, rough, exact, size: tl.constexpr):
+    ids = tl.arange(0, size)
+    key = tl.load(keys).to(tl.uint64)
+    tl.store(rough + ids, sample_parts.fast_noise(key, ids))
+    tl.store(exact + ids, sample_parts.noise(key, ids))
+
+
+def test_fast_noise_is_near() -> None:
+    """Nearer than half of the margin within which tokens are looked at exactly."""
+    size = 2**16
+    rough, exact = torch.empty((2, size))
+    both_noises[(1,)](torch.tensor([12345]), rough, exact, size=size)
+    assert exact.max() > 9  # of a u near 1, which needs the series
+    assert exact.min() < -2
+    torch.testing.assert_close(rough, exact, atol=5e-6, rtol=0)
 
 
 def test_penalties_and_bias(kit: Any, rng: np.random.Generator, sample: Sample) -> None:
