@@ -61,7 +61,7 @@ def case(name: str, kernel: Any, warps: int, **constants: Any) -> AotCase:
 
 def of_tiles(name: str, **changes: bool) -> AotCase:
     """The pass over the logits."""
-    constants = {"NOISE": True, "FILTERS": False, "EDITED": False} | changes
+    constants = {"NOISE": True, "FILTERS": False} | changes
     return case(f"tile {name}", sample.tile_kernel, 4, SIZE=sample.TILE, **constants)
 
 
@@ -96,7 +96,6 @@ CASES: tuple[AotCase, ...] = (
     of_tiles("greedy", NOISE=False),
     of_tiles("noise"),
     of_tiles("filters", FILTERS=True),
-    of_tiles("filters edited", FILTERS=True, EDITED=True),
     *(of_vocabulary(vocab, f) for vocab in (128_256, 262_144) for f in (False, True)),
     *of_filters(128_256),
     *of_filters(262_144),
