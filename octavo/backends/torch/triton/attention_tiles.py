@@ -15,6 +15,8 @@ import triton.language as tl
 
 UNSEEN = tl.constexpr(float("-inf"))
 """The peak of a row that has seen no score."""
+LANES = tl.constexpr(32)
+"""Sequences that are counted at a time: each warp has them all, and need not wait for others."""
 
 
 @triton.jit
@@ -157,6 +159,8 @@ def walk(
         acc *= keep[:, None]
         if CODES:
             p *= tl.load(scales + V_AT + scale_spots)[None, :]
+            if MASKED:  # The scale of a hidden fault is NaN.
+                p = tl.where(visible, p, 0.0)
         v = load_rows(values + V_AT * HEAD_DIM + spots, dim, HEAD_DIM, DIM)
         v = decode(v, P_DTYPE, FP8_BITS)
         acc = tl.dot(p.to(P_DTYPE), v, acc, input_precision=PRECISION)
