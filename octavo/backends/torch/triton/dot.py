@@ -23,9 +23,8 @@ def dot(a, b, sums):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """Float32 numbers rounded to nearest even."""
-    if IS_INTERPRETED:
-        if DTYPE == tl.bfloat16:
-            bits = value.to(tl.uint32, bitcast=True)
-            bits += 0x7FFF + ((bits >> 16) & 1)
-            value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    if IS_INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return value.to(DTYPE)

@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.backends.torch.kernels import GroupedWeight
 from octavo.backends.torch.triton.dot import dot, rounded
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import place
+from octavo.backends.torch.triton.matmul import load_columns, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
 from octavo.backends.torch.weights import block_columns
 
@@ -65,10 +65,7 @@ def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexp
     """
     top: tl.constexpr = 16 if BITS == 4 else 15  # codes of slot 4 are there already
     move: tl.constexpr = top - SLOT * BITS
-    if move >= 0:
-        bits = word << move
-    else:
-        bits = word >> -move
+    bits = word << move if move >= 0 else word >> -move
     number = ((bits & mask) | one).to(tl.float32, bitcast=True)
     return tl.fma(number, scale, offset)
 
@@ -192,11 +189,8 @@ def grouped_tile_kernel(
         sums = tl.zeros([TILE_M, TILE_N], tl.float32)
         last = tl.minimum((part + 1) * part_blocks, num_blocks)
         for block in range(part * part_blocks, last):
-            if WHOLE_K:
-                values = tl.load(x_at + block * columns)
-            else:
-                inside = block * columns + lane < k
-                values = tl.load(x_at + block * columns, mask=inside[None, :], other=0.0)
+            start = block * columns
+            values = load_columns(x_at + start, lane[None, :], k - start, WHOLE_K)
             weight = unpack_block(
                 words, scales, minimums, block, row, n, zero, mask, one,
                 TILE_N, BITS, GROUP, HAS_MINIMUMS, values.dtype,
@@ -263,8 +257,8 @@ def grouped_linear(
     num_tiles = n_tiles * triton.cdiv(tokens, tile_m)
     is_shared = are_shared(parts, num_tiles)
     sums = new_sums(parts, tokens, n, x.device) if is_shared else out
-    grouped_tile_kernel[(num_tiles, parts.count if is_shared else 1)](
-        x, *packed, bias, sums, tokens, n, k, num_blocks, parts.count, parts.steps, *numbers,
+    grouped_tile_kernel[(num_tiles, parts.num if is_shared else 1)](
+        x, *packed, bias, sums, tokens, n, k, num_blocks, parts.num, parts.steps, *numbers,
         x.stride(0), **form, WHOLE_K=k % block_columns(weight.bits) == 0, TILE_M=tile_m,
         TILE_N=TILE_N, IS_SHARED=is_shared, BAND=_BAND, num_warps=4,
         num_stages=2 if torch.version.hip else 4, **FP_FUSION,

@@ -25,9 +25,9 @@ _BLOCK = 1024
 
 
 class Parts(NamedTuple):
-    """How columns are cut: `count` parts of `steps` steps each, the last one perhaps shorter."""
+    """How columns are cut: `num` parts of `steps` steps each, the last one perhaps shorter."""
 
-    count: int
+    num: int
     steps: int
 
 
@@ -40,7 +40,7 @@ def cut(n_tiles: int, num_steps: int, least_steps: int) -> Parts:
 
 def are_shared(parts: Parts, num_tiles: int) -> bool:
     """Whether programs share a tile: when tiles alone would leave half a device idle."""
-    return parts.count > 1 and num_tiles < _PROGRAMS // 2
+    return parts.num > 1 and num_tiles < _PROGRAMS // 2
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def sum_parts(
     scales: Tensor | None = None,
     row_scales: Tensor | None = None,
 ) -> None:
-    """out = (the sum over parts, in order) * row_scales * scales + bias.
+    """Make out = (the sum over parts, in order) * row_scales * scales + bias.
 
     Args:
         sums: float32 [parts, T, N].
@@ -103,4 +103,4 @@ def sum_parts(
 
 def new_sums(parts: Parts, tokens: int, n: int, device: torch.device) -> Tensor:
     """Room for what sum_parts adds."""
-    return torch.empty((parts.count, tokens, n), dtype=torch.float32, device=device)
+    return torch.empty((parts.num, tokens, n), dtype=torch.float32, device=device)
