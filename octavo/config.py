@@ -7,8 +7,10 @@ so that a second engine fits beside it. Imports no numpy.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +18,11 @@ import msgspec
 
 from octavo.errors import ConfigError
 
-Quantization = Literal["int8", "int4"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4")
+Quantization = Literal["int8", "int4", "fp8"]
+Backend = Literal["cpu", "torch", "reference"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4", "fp8")
+KVDtype = Literal["fp16", "int8", "fp8"]
+KV_DTYPES: tuple[KVDtype, ...] = ("fp16", "int8", "fp8")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,38 +31,47 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: a local path: a GGUF file or a folder (resolve names with `weights.source` first).
         served_name: the name that requests use.
-        memory_bytes: the most that the KV pool may take.
+        memory_bytes: the most that the KV pool may take; None, for a GPU alone: what a step as
+            large as can be leaves there.
         max_model_len: the most tokens of a sequence; None takes the model's own, cut to what the
             pool can hold.
         max_num_seqs: the most sequences in one step.
         max_num_batched_tokens: the token budget of one step.
         max_num_waiting: the most requests in the waiting queue.
         block_size: tokens a KV block.
-        kv_dtype: how K and V are kept: "fp16", or "int8" in a good half of the memory.
+        kv_dtype: how K and V are kept: "fp16", or "int8" in a good half of the memory; "fp8"
+            likewise, on GPUs that have it.
         use_prefix_cache: serve known prefixes from the cache.
         kv_disk: a folder of its own for KV blocks that leave the pool; None drops them.
         kv_disk_bytes: the most that they may take there.
         policy: order of the waiting queue.
         num_threads: threads of the CPU backend.
-        backend: "cpu" (native) or "reference" (numpy).
+        backend: "cpu" (native), "torch" (GPUs) or "reference" (numpy).
+        device: of the torch backend: "cuda" or "cuda:1", ROCm's too; "cpu" is for tests.
+        dtype: of the torch backend: what it computes in; "auto" takes what the weights are in.
+        deterministic: of the torch backend: the same request gives the same bytes, whatever runs
+            beside it. The others always keep to that.
         quantization: quantize the dense matrices of the file while loading; None keeps them.
     """
 
     model: str
     served_name: str
-    memory_bytes: int
+    memory_bytes: int | None
     num_threads: int
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     max_num_waiting: int = 2048
     block_size: int = 16
-    kv_dtype: Literal["fp16", "int8"] = "fp16"
+    kv_dtype: KVDtype = "fp16"
     use_prefix_cache: bool = True
     kv_disk: str | None = None
     kv_disk_bytes: int = 10 << 30
     policy: Literal["fcfs", "priority", "fair"] = "fcfs"
-    backend: Literal["cpu", "reference"] = "cpu"
+    backend: Backend = "cpu"
+    device: str = "cuda"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    deterministic: bool = False
     quantization: Quantization | None = None
 
     def validate(self) -> EngineConfig:
@@ -65,7 +79,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         faults = [
             f"{name} must be at least {least}, not {value}"
             for name, value, least in (
-                ("--memory", self.memory_bytes, 1),
+                ("--memory", self.memory_bytes if self.memory_bytes is not None else 1, 1),
                 ("--threads", self.num_threads, 1),
                 ("--max-model-len", self.max_model_len if self.max_model_len is not None else 1, 1),
                 ("--max-num-seqs", self.max_num_seqs, 1),
@@ -79,15 +93,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             faults.append(f"--block-size must be 8, 16, 32 or 64, not {self.block_size}")
         if self.quantization not in (None, *QUANTIZATIONS):
             faults.append(
-                f"--quantization must be {' or '.join(QUANTIZATIONS)}, not {self.quantization}"
+                f"--quantization must be {_either(QUANTIZATIONS)}, not {self.quantization}"
             )
-        if self.kv_dtype not in ("fp16", "int8"):
-            faults.append(f"--kv-dtype must be fp16 or int8, not {self.kv_dtype}")
+        if self.kv_dtype not in KV_DTYPES:
+            faults.append(f"--kv-dtype must be {_either(KV_DTYPES)}, not {self.kv_dtype}")
+        if "fp8" in (self.quantization, self.kv_dtype) and self.backend != "torch":
+            faults.append(
+                f"fp8 needs --backend torch and a GPU; the {self.backend} backend has int8"
+            )
+        if self.memory_bytes is None and not is_on_gpu(self.backend, self.device):
+            faults.append("--memory must be given where the KV cache lies in the host's memory")
         if self.kv_disk is not None and not self.use_prefix_cache:
             faults.append("--kv-disk keeps prefixes: leave out --no-prefix-cache, or --kv-disk")
         if faults:
             raise ConfigError("; ".join(faults))
         return self
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def available_cpus() -> int:
@@ -126,6 +150,26 @@ def available_memory() -> int:
         except (OSError, ValueError):
             continue
     return free if free < 1 << 62 else 4 << 30
+
+
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
+"""Files that the drivers of NVIDIA and AMD make."""
+
+
+def choose_backend(asked: Backend | Literal["auto"]) -> Backend:
+    """The backend that was asked for; "auto": torch where it and a GPU are, else cpu.
+
+    Imports nothing: torch takes seconds.
+    """
+    if asked != "auto":
+        return asked
+    has_gpu = any(map(os.path.exists, _GPU_DRIVERS))
+    return "torch" if has_gpu and importlib.util.find_spec("torch") is not None else "cpu"
+
+
+def is_on_gpu(backend: Backend, device: str) -> bool:
+    """Whether the KV pool lies on a GPU, whose free memory only its backend knows."""
+    return backend == "torch" and device != "cpu"
 
 
 def plan_memory(asked_bytes: int | None) -> int:

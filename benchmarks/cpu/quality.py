@@ -38,7 +38,7 @@ from octavo.graph.trace import Graph, Node
 from octavo.models import registry
 from octavo.models.gemma3 import Gemma3Config
 from octavo.models.rope import LinearScaling, Llama3Scaling
-from octavo.runner.loading import stored_weights
+from octavo.runner.loading import declare, stored_weights
 from octavo.runner.quantization import QuantizedWeights, choose_formats
 from octavo.tokenizer.load import load_tokenizer
 from octavo.weights import source
@@ -68,13 +68,7 @@ SHARED_KEYS = (
 def load(path: Path) -> tuple[registry.Model, Weights]:
     """Declare the model of a file or folder and read its weights."""
     files = open_model(path)
-
-    def read_numbers(name: str) -> tuple[float, ...]:
-        return tuple(files.tensor(name).dequantize().ravel().tolist())
-
-    model = registry.build(
-        files.kind, files.architecture, files.config, files.names(), read_numbers
-    )
+    model = declare(files)
     return model, stored_weights(model, files)
 
 

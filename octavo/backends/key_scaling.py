@@ -84,6 +84,7 @@ def _row_squares(weight: StoredTensor, inputs: Float32) -> Float32:
     """Sum over the columns of weight² * inputs, estimated from some blocks of a grouped weight."""
     columns = weight.shape[1]
     if isinstance(weight, GroupedTensor):
+        weight = weight.in_small_groups()
         block = max(len(plane.byte_of) for plane in weight.codes.planes)
         step = max(1, columns // block // _LEAST_BLOCKS)
         if step > 1:

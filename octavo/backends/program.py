@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,27 @@ from numpy.typing import NDArray
 from octavo.graph.batch import Batch, Int32, SamplingRows, StepOutput
 from octavo.graph.tensors import StoredTensor
 from octavo.graph.trace import CacheDtype, Graph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOptions:
+    """Of the torch backend alone.
+
+    Attributes:
+        name: "cuda", "cuda:1" (ROCm's too), or "cpu" for tests.
+        dtype: of activations and dense weights; "auto" takes the weights' own, but for float32 on a
+            GPU.
+        deterministic: a row's result does not depend on the rows beside it.
+        quantization: round the dense matrices, but for the head, to codes of this form; the
+            product's input is then rounded too, token by token, but with int4.
+        kernels: "auto" takes Triton's on a GPU and torch's own on the CPU; tests force one.
+    """
+
+    name: str = "cpu"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    deterministic: bool = False
+    quantization: Literal["int8", "int4", "fp8"] | None = None
+    kernels: Literal["auto", "plain", "triton"] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +50,7 @@ class CompileOptions:
             the contract of Linear says.
         cache_dtype: how K and V are kept; fp32, of the reference backend alone, is for comparing
             with implementations that keep no cache at all.
+        device: of the torch backend alone.
     """
 
     num_threads: int
@@ -39,6 +61,7 @@ class CompileOptions:
     isa: str | None = None
     round_activations: bool = True
     cache_dtype: CacheDtype = "fp16"
+    device: DeviceOptions = DeviceOptions()
 
 
 class Program(Protocol):
@@ -56,6 +79,14 @@ class Program(Protocol):
 
     def block_bytes(self) -> int:
         """Bytes of one KV block over all layers."""
+        ...
+
+    def spare_bytes(self) -> int | None:
+        """Bytes that the KV pool may take beside a step as large as can be, measured.
+
+        None where it lies in the host's memory, which others use too. Asked before
+        `allocate_cache`.
+        """
         ...
 
     def allocate_cache(self, num_blocks: int) -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from octavo.cli.progress import ProgressLine
-from octavo.config import QUANTIZATIONS, EngineConfig, available_cpus, parse_size, plan_memory
+from octavo.config import (
+    KV_DTYPES,
+    QUANTIZATIONS,
+    EngineConfig,
+    available_cpus,
+    choose_backend,
+    is_on_gpu,
+    parse_size,
+    plan_memory,
+)
 from octavo.errors import ConfigError
 from octavo.weights import source
 
@@ -42,8 +52,9 @@ def add_quantization(parser: argparse._ActionsContainer) -> None:
 def add_kv_dtype(parser: argparse._ActionsContainer) -> None:
     """Add how K and V are kept."""
     parser.add_argument(
-        "--kv-dtype", choices=("fp16", "int8"), default="fp16",
-        help="how K and V are kept; int8 takes about half the memory (default: %(default)s)",
+        "--kv-dtype", choices=KV_DTYPES, default="fp16",
+        help="how K and V are kept; int8 and, on GPUs, fp8 take about half the memory "
+        "(default: %(default)s)",
     )  # fmt: skip
 
 
@@ -54,8 +65,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     fields = dict(zip(EngineConfig.__struct_fields__[-len(defaults) :], defaults, strict=True))
     number: Callable[[str], int] = human_number
     group.add_argument(
-        "--memory", type=number, metavar="BYTES", help="KV cache, such as 4GiB (default: a quarter)"
-    )
+        "--memory", type=number, metavar="BYTES",
+        help="KV cache, such as 4GiB (default: a quarter; on a GPU all that is left)",
+    )  # fmt: skip
     group.add_argument(
         "--max-model-len",
         type=number,
@@ -98,11 +110,28 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: the cores given)"
     )
-    group.add_argument(
-        "--backend", choices=("cpu", "reference"), default=fields["backend"],
-        help="reference is slow: for checks (default: %(default)s)",
-    )  # fmt: skip
+    _add_backend(group, fields)
     add_quantization(group)
+
+
+def _add_backend(group: argparse._ActionsContainer, fields: Mapping[str, Any]) -> None:
+    group.add_argument(
+        "--backend", choices=("auto", "cpu", "torch", "reference"), default="auto",
+        help="torch for GPUs; reference is slow: for checks (default: torch where it and a GPU "
+        "are, else cpu)",
+    )  # fmt: skip
+    group.add_argument(
+        "--device", metavar="NAME", default=fields["device"],
+        help="of torch: cuda or cuda:N, AMD's too (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default=fields["dtype"],
+        help="what torch computes in (default: what the weights are in)",
+    )  # fmt: skip
+    group.add_argument(
+        "--deterministic", action="store_true",
+        help="torch: same request, same bytes, whatever runs beside it (cpu: always)",
+    )  # fmt: skip
 
 
 def resolve_model(name: str) -> Path:
@@ -114,10 +143,12 @@ def resolve_model(name: str) -> Path:
 def engine_config(options: argparse.Namespace) -> EngineConfig:
     """The validated configuration of one engine; fetches the model if needed."""
     path = resolve_model(options.model)
+    backend = choose_backend(options.backend)
+    is_left_to_gpu = options.memory is None and is_on_gpu(backend, options.device)
     return EngineConfig(
         model=str(path),
         served_name=options.model,
-        memory_bytes=plan_memory(options.memory),
+        memory_bytes=None if is_left_to_gpu else plan_memory(options.memory),
         num_threads=options.threads if options.threads is not None else available_cpus(),
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
@@ -129,6 +160,9 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         kv_disk=options.kv_disk,
         kv_disk_bytes=options.kv_disk_size,
         policy=options.policy,
-        backend=options.backend,
+        backend=backend,
+        device=options.device,
+        dtype=options.dtype,
+        deterministic=options.deterministic,
         quantization=options.quantization,
     ).validate()

@@ -10,7 +10,16 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 
 import msgspec
 
-from octavo.config import EngineConfig, Quantization, available_cpus, parse_size, plan_memory
+from octavo.config import (
+    EngineConfig,
+    KVDtype,
+    Quantization,
+    available_cpus,
+    choose_backend,
+    is_on_gpu,
+    parse_size,
+    plan_memory,
+)
 from octavo.engine.core import EngineCore
 from octavo.engine.output import OutputProcessor
 from octavo.engine.validation import complete_request
@@ -47,11 +56,14 @@ class LLMOptions(TypedDict, total=False):
     max_num_batched_tokens: int
     threads: int | None
     block_size: int
-    kv_dtype: Literal["fp16", "int8"]
+    kv_dtype: KVDtype
     prefix_cache: bool
     kv_disk: str | None
     kv_disk_size: str | int
-    backend: Literal["cpu", "reference"]
+    backend: Literal["auto", "cpu", "torch", "reference"]
+    device: str
+    dtype: Literal["auto", "bf16", "fp16", "fp32"]
+    deterministic: bool
     quantization: Quantization | None
 
 
@@ -339,16 +351,22 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
     disk_size = options.get("kv_disk_size", "10GiB")
     renamed = {"memory", "threads", "prefix_cache", "kv_disk_size"}
     others = {name: value for name, value in options.items() if name not in renamed}
+    backend = choose_backend(options.get("backend", "auto"))
+    if memory is None and is_on_gpu(backend, options.get("device", "cuda")):
+        memory_bytes = None
+    else:
+        memory_bytes = plan_memory(parse_size(memory) if isinstance(memory, str) else memory)
     path = source.resolve(model)
     values: dict[str, Any] = {
         "model": str(path),
         "served_name": model,
-        "memory_bytes": plan_memory(parse_size(memory) if isinstance(memory, str) else memory),
+        "memory_bytes": memory_bytes,
         "num_threads": available_cpus() if threads is None else threads,
         "max_num_waiting": sys.maxsize,
         "use_prefix_cache": options.get("prefix_cache", True),
         "kv_disk_bytes": parse_size(disk_size) if isinstance(disk_size, str) else disk_size,
         **others,
+        "backend": backend,
     }
     try:
         return msgspec.convert(values, EngineConfig).validate()

@@ -55,8 +55,9 @@ class Linear:
     """x @ weight.T + bias; weight [out_features, in_features].
 
     With a grouped weight, backends that say so round x to int8 a group of the weight's columns
-    first: scale = max|x| / 127 over the group (float32), code = round-half-even(x * (127 /
-    max|x|)); a group whose max|x| is below 2**-120 counts as zeros, with scale 0.
+    first, 32 of a larger one: scale = max|x| / 127 over the group (float32), code =
+    round-half-even(x * (127 / max|x|)); a group whose max|x| is below 2**-120 counts as zeros,
+    with scale 0.
     The product of a group is scale_w * scale_x * Σ (code_w - zero) * code_x + minimum_w * scale_x
     * Σ code_x, the sums exact integers; groups are added in ascending order in float32.
     """

@@ -31,8 +31,8 @@ class Node:
     features: int
 
 
-CacheDtype = Literal["fp16", "int8", "fp32"]
-"""How K and V are kept; int8 has a float32 scale a token and kv head beside its codes."""
+CacheDtype = Literal["fp16", "int8", "fp8", "fp32"]
+"""How K and V are kept; int8 and fp8 (e4m3) have a float32 scale a token and kv head beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class CacheGroup:
         head_bytes = {
             "fp16": 2 * self.head_dim,
             "int8": self.head_dim + 4,
+            "fp8": self.head_dim + 4,
             "fp32": 4 * self.head_dim,
         }
         return 2 * len(self.layers) * self.num_kv_heads * head_bytes[dtype]

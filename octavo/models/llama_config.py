@@ -92,10 +92,6 @@ def from_folder(source: ConfigSource) -> LlamaConfig:
 
 def sizes_from_folder(source: ConfigSource, rope: RopeConfig, *, tied: bool = False) -> LlamaConfig:
     """Read what all architectures spell alike; tied: whether embeddings are where nothing says."""
-    if source.has("quantization_config"):
-        raise ModelFileError(
-            "quantization_config: folders with quantized weights are not supported; use a GGUF file"
-        )
     hidden_size = source.integer("hidden_size")
     heads = source.integer("num_attention_heads")
     bias = source.boolean("attention_bias", False)

@@ -136,6 +136,7 @@ def build(
     config: Mapping[str, object],
     names: Set[str],
     read_numbers: Callable[[str], tuple[float, ...]] | None = None,
+    spare: Set[str] = frozenset(),
 ) -> Model:
     """Declare the model of a file.
 
@@ -146,6 +147,7 @@ def build(
         names: the tensors in the file; they tell biases and tied embeddings of a GGUF.
         read_numbers: the values of a small tensor of the file; asked for `rope_freqs.weight` of a
             GGUF that has it.
+        spare: tensors that the file may hold and the model not use, such as biases of zeros.
 
     Raises:
         ModelFileError: the architecture is unknown, a key is missing or ill-typed, a feature is
@@ -178,7 +180,7 @@ def build(
         transforms=transforms,
         _names=found.names,
     )
-    _check_names(model, names)
+    _check_names(model, names, spare)
     return model
 
 
@@ -191,7 +193,7 @@ def _file_name(names: Mapping[str, str] | None, weight: str) -> str:
     return f"{pattern.format(layer[1] if layer else '')}.{part}"
 
 
-def _check_names(model: Model, names: Set[str]) -> None:
+def _check_names(model: Model, names: Set[str], spare: Set[str]) -> None:
     """Refuse a file that lacks a weight, or has one that would be silently left out."""
     wanted = {model.file_names(weight) for weight in model.graph.weights}
     if missing := wanted - names:
@@ -200,7 +202,7 @@ def _check_names(model: Model, names: Set[str]) -> None:
             f"among them {min(missing)}: it is cut or of another kind"
         )
     # A tied model's file may repeat the embedding as lm_head.
-    unused = {n for n in names - wanted if not _UNUSED.search(n) and n != "lm_head.weight"}
+    unused = {n for n in names - wanted - spare if not _UNUSED.search(n) and n != "lm_head.weight"}
     if unused:
         raise ModelFileError(
             f"the file holds {len(unused)} tensors that {model.architecture} does not use, among "

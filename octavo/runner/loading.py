@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,21 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo import __version__
-from octavo.backends.program import CompileOptions, Program, Progress
+from octavo.backends.program import CompileOptions, DeviceOptions, Program, Progress
 from octavo.config import EngineConfig, Quantization
 from octavo.errors import ConfigError, ModelFileError
 from octavo.graph.tensors import DenseTensor, StoredTensor
 from octavo.graph.trace import Graph
 from octavo.models import registry
 from octavo.models.transforms import AddOne, UnpermuteRope
-from octavo.runner.quantization import QuantizedWeights, choose_formats
-from octavo.weights.formats.quantize import quantized_nbytes
+from octavo.runner.quantization import QuantizedWeights, choose_formats, quantized_nbytes
 from octavo.weights.loader import ModelFiles, open_model
 
 PhaseProgress = Callable[[str, float], None]
 """Called with the name of the phase of loading and the fraction of it that is done."""
 
-BACKENDS = {"cpu": "octavo.backends.cpu", "reference": "octavo.backends.reference"}
+BACKENDS = {
+    "cpu": "octavo.backends.cpu",
+    "torch": "octavo.backends.torch",
+    "reference": "octavo.backends.reference",
+}
 """Modules with a `compile`; the one that is used is the only one imported."""
 
 
@@ -93,8 +96,14 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
             max_num_rows=min(config.max_num_seqs, config.max_num_batched_tokens),
             max_model_len=max_model_len,
             cache_dtype=config.kv_dtype,
+            device=DeviceOptions(
+                name=config.device,
+                dtype=config.dtype,
+                deterministic=config.deterministic,
+                quantization=config.quantization,
+            ),
         )
-        compile_graph: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
+        compile_graph = _compiler(config)
         program = compile_graph(
             model.graph,
             _given_weights(model, files, config),
@@ -106,7 +115,12 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
         files.close()
     progress("cache", 0.0)
     block_bytes = program.block_bytes()
-    num_blocks = pool_blocks(config, max_model_len, block_bytes)
+    memory_bytes = config.memory_bytes
+    if memory_bytes is None:
+        progress("memory", 0.0)
+        memory_bytes = program.spare_bytes()
+        assert memory_bytes is not None, "validate() asks for --memory elsewhere"
+    num_blocks = pool_blocks(config, memory_bytes, max_model_len, block_bytes)
     program.allocate_cache(num_blocks)
     return LoadedModel(
         program=program,
@@ -129,6 +143,7 @@ def name_cache(weights_digest: str, config: EngineConfig) -> str:
         __version__,
         weights_digest,
         config.backend,
+        config.dtype,
         str(config.quantization),
         config.kv_dtype,
         str(config.block_size),
@@ -148,21 +163,36 @@ def declare(files: ModelFiles) -> registry.Model:
         files.config,
         files.names(),
         lambda name: tuple(files.tensor(name).dequantize().ravel().tolist()),
+        files.spare(),
     )
 
 
-def pool_blocks(config: EngineConfig, max_model_len: int, block_bytes: int) -> int:
+def _compiler(config: EngineConfig) -> Compiler:
+    try:
+        compiler: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "triton"):
+            raise
+        raise ConfigError(
+            f"--backend torch needs {error.name}: pip install 'octavo[cuda]', or give --backend cpu"
+        ) from None
+    return compiler
+
+
+def pool_blocks(
+    config: EngineConfig, memory_bytes: int, max_model_len: int, block_bytes: int
+) -> int:
     """How many blocks the pool has: what memory_bytes holds, but no more than can ever be used.
 
     Raises:
         ConfigError: the pool cannot hold one sequence of the length asked for, or not one block.
     """
-    by_memory = config.memory_bytes // block_bytes
+    by_memory = memory_bytes // block_bytes
     a_sequence = -(-max_model_len // config.block_size)
     needed = a_sequence if config.max_model_len is not None else 1
     if by_memory < needed:
         raise ConfigError(
-            f"--memory of {config.memory_bytes:,} bytes holds "
+            f"--memory of {memory_bytes:,} bytes holds "
             f"{by_memory * config.block_size:,} tokens of KV cache "
             f"({block_bytes // config.block_size:,} bytes a token), fewer than the "
             f"{needed * config.block_size:,} that are needed; give --memory at least "
@@ -179,9 +209,11 @@ def _plan_model_len(config: EngineConfig, model_len: int, graph: Graph) -> int:
                 f"{model_len:,} tokens; lower it"
             )
         return config.max_model_len
+    if config.memory_bytes is None:
+        return model_len  # It is cut to the pool once that is known.
     token_bytes = sum(g.bytes_per_token(config.kv_dtype) for g in graph.cache_groups)
     block_bytes = token_bytes * config.block_size
-    num_blocks = pool_blocks(config, model_len, block_bytes)
+    num_blocks = pool_blocks(config, config.memory_bytes, model_len, block_bytes)
     return min(model_len, num_blocks * config.block_size)
 
 
@@ -193,47 +225,76 @@ def _given_weights(
     if config.quantization is None:
         return weights
     formats = choose_formats(model.graph, weights, config.quantization)
+    if config.backend == "torch":  # It does so on the device.
+        return weights
     return QuantizedWeights(weights, formats, config.num_threads)
 
 
 def weights_nbytes(
     model: registry.Model, files: ModelFiles, quantization: Quantization | None
 ) -> int:
-    """Bytes of all weights as stored, or as they would be once quantized.
+    """Bytes of all weights about as the CPU backend keeps them, once quantized if asked for.
 
     Raises:
         ConfigError: there is nothing to quantize.
     """
-    weights = {name: files.tensor(model.file_names(name)) for name in model.graph.weights}
-    formats = {} if quantization is None else choose_formats(model.graph, weights, quantization)
+    formats: Mapping[str, str] = {}
+    if quantization is not None:
+        formats = choose_formats(model.graph, stored_weights(model, files), quantization)
     return sum(
-        quantized_nbytes(tensor.shape, formats[name]) if name in formats else tensor.nbytes
-        for name, tensor in weights.items()
+        quantized_nbytes(shape, formats[name])
+        if name in formats
+        else files.outline(model.file_names(name)).widened_nbytes
+        for name, shape in model.graph.weights.items()
     )
 
 
 def stored_weights(model: registry.Model, files: ModelFiles) -> Mapping[str, StoredTensor]:
     """Every weight of the graph, its shape checked and made what the declaration means.
 
+    A weight is made when it is looked up, and not kept: packed codes are unpacked one at a time.
+
     Raises:
         ModelFileError: a tensor is missing, or has another shape than the model declares.
     """
-    weights: dict[str, StoredTensor] = {}
     for weight, shape in model.graph.weights.items():
         name = model.file_names(weight)
-        tensor = files.tensor(name)
-        if tuple(tensor.shape) != shape:
+        found = files.outline(name).shape
+        if tuple(found) != shape:
             raise ModelFileError(
-                f"tensor {name} has shape {list(tensor.shape)}, the configuration needs "
-                f"{list(shape)}: the files do not belong together"
+                f"tensor {name} has shape {list(found)}, the configuration needs {list(shape)}: "
+                "the files do not belong together"
             )
-        match model.transforms.get(weight):
+    return _StoredWeights(model, files)
+
+
+class _StoredWeights(Mapping[str, StoredTensor]):
+    """See stored_weights."""
+
+    def __init__(self, model: registry.Model, files: ModelFiles) -> None:
+        self._model = model
+        self._files = files
+
+    def __getitem__(self, weight: str) -> StoredTensor:
+        if weight not in self._model.graph.weights:
+            raise KeyError(weight)
+        name = self._model.file_names(weight)
+        match self._model.transforms.get(weight):
             case UnpermuteRope() as transform:
-                tensor = files.tensor(name, _file_rows(transform))
+                return self._files.tensor(name, _file_rows(transform))
             case AddOne():
-                tensor = DenseTensor(tensor.dequantize() + np.float32(1), "f32")
-        weights[weight] = tensor
-    return weights
+                values = self._files.tensor(name).dequantize()
+                return DenseTensor(values + np.float32(1), "f32")
+        return self._files.tensor(name)
+
+    def __contains__(self, weight: object) -> bool:
+        return weight in self._model.graph.weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._model.graph.weights)
+
+    def __len__(self) -> int:
+        return len(self._model.graph.weights)
 
 
 @functools.cache

@@ -7,9 +7,14 @@ from collections.abc import Iterator, Mapping
 from octavo.config import Quantization
 from octavo.errors import ConfigError
 from octavo.graph import ops as op
-from octavo.graph.tensors import DenseTensor, GroupedTensor, StoredTensor
+from octavo.graph.tensors import DenseTensor, StoredTensor
 from octavo.graph.trace import Graph
+from octavo.weights.formats import quantize as formats
 from octavo.weights.formats.quantize import GROUP, can_quantize, quantize
+
+FP8 = "FP8"
+"""One byte a weight and a float32 scale a row: of the torch backend, which rounds on its device."""
+SCALE_BYTES = 4
 
 
 def choose_formats(
@@ -17,21 +22,24 @@ def choose_formats(
 ) -> Mapping[str, str]:
     """The format of each weight that is to be quantized; the others stay as they are.
 
-    With int4 the embedding and the head take 8 bits: they make few of a model's weights and much
-    of its error.
+    With int4 the embedding and the head take 8 bits, with fp8 they stay as they are: they make few
+    of a model's weights and much of its error.
 
     Raises:
         ConfigError: no weight can be quantized.
     """
     outer = _embedding_and_head(graph)
-    formats = {
-        name: "Q8_0" if quantization == "int8" or name in outer else "Q4_1"
+    inner = {"int8": "Q8_0", "int4": "Q4_1", "fp8": FP8}[quantization]
+    chosen = {
+        name: "Q8_0" if name in outer else inner
         for name, weight in weights.items()
         if isinstance(weight, DenseTensor) and can_quantize(weight)
     }
-    if formats:
-        return formats
-    known = {w.format for w in weights.values() if isinstance(w, GroupedTensor)}
+    if quantization == "fp8":
+        chosen = {name: kind for name, kind in chosen.items() if name not in outer}
+    if chosen:
+        return chosen
+    known = {w.format for w in weights.values() if not isinstance(w, DenseTensor)}
     if known:
         reason = f"the file is quantized already ({', '.join(sorted(known))})"
     else:
@@ -48,6 +56,13 @@ def _embedding_and_head(graph: Graph) -> set[str]:
         if isinstance(node.operator, op.Embed)
         or (isinstance(node.operator, op.Linear) and node.output == head)
     }
+
+
+def quantized_nbytes(shape: tuple[int, ...], format_name: str) -> int:
+    """Bytes of a matrix in a format of `choose_formats`."""
+    if format_name == FP8:
+        return shape[0] * (shape[1] + SCALE_BYTES)
+    return formats.quantized_nbytes(shape, format_name)
 
 
 class QuantizedWeights(Mapping[str, StoredTensor]):

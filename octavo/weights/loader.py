@@ -6,9 +6,10 @@ tensors a model needs, under which names, is a matter of `models`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -17,10 +18,13 @@ from numpy.typing import NDArray
 
 from octavo.errors import ModelFileError
 from octavo.graph.tensors import StoredTensor
-from octavo.weights.formats.registry import read_tensor
+from octavo.weights.formats.registry import check_format, read_tensor
 from octavo.weights.gguf import GGUFFile
 from octavo.weights.identity import weights_digest
+from octavo.weights.mapping import Outline, TensorInfo
+from octavo.weights.quantized import CACHE_SCALE, find_recipes
 from octavo.weights.safetensors import SafetensorsFile, find_files
+from octavo.weights.schemes import read_scheme
 
 _MAX_CONFIG_BYTES = 10_000_000
 
@@ -44,14 +48,22 @@ class ModelFiles(Protocol):
         ...
 
     def names(self) -> set[str]:
-        """The tensors' names."""
+        """The tensors' names; a weight in several tensors counts as one."""
+        ...
+
+    def spare(self) -> set[str]:
+        """Those that change no answer where a model has no place for them."""
+        ...
+
+    def outline(self, name: str) -> Outline:
+        """What a tensor will be; raises as `tensor` does."""
         ...
 
     def tensor(self, name: str, rows: NDArray[np.int64] | None = None) -> StoredTensor:
-        """A tensor as a view of the file, which stays mapped while the tensor lives.
+        """A tensor, a view of the file if its form allows; the file stays mapped while it lives.
 
         Args:
-            name: the file's own name of it.
+            name: the file's own name of it; of a quantized weight in several tensors "….weight".
             rows: another order of all its rows, which takes a copy.
 
         Raises:
@@ -112,6 +124,14 @@ class _GGUF:
     def names(self) -> set[str]:
         return set(self._file.tensors)
 
+    def spare(self) -> set[str]:
+        return set()
+
+    def outline(self, name: str) -> Outline:
+        if name not in self._file.tensors:
+            raise _missing(name, self._file.path)
+        return _outline(name, self._file)
+
     def tensor(self, name: str, rows: NDArray[np.int64] | None = None) -> StoredTensor:
         if name not in self._file.tensors:
             raise _missing(name, self._file.path)
@@ -141,6 +161,8 @@ class _Folder:
         self._files: list[SafetensorsFile] = []
         self._owners: dict[str, SafetensorsFile] = {}
         try:
+            with _naming(path / "config.json"):
+                scheme = read_scheme(self.config)
             for file_path in find_files(path):
                 self._files.append(SafetensorsFile.open(file_path))
             for file in self._files:
@@ -150,18 +172,48 @@ class _Folder:
                             f"{path} has the tensor {name!r} in two files; download the model again"
                         )
                     self._owners[name] = file
+            infos = {name: file.tensors[name] for name, file in self._owners.items()}
+            with _naming(path):
+                self._recipes = find_recipes(scheme, infos)
         except ModelFileError:
             self.close()
             raise
 
     def names(self) -> set[str]:
-        return set(self._owners)
+        parts = {part.name for recipe in self._recipes.values() for part in recipe.parts}
+        others = {name for name in self._owners.keys() - parts if not CACHE_SCALE.search(name)}
+        return others | self._recipes.keys()
+
+    def spare(self) -> set[str]:
+        """Biases of zeros: packers of GPTQ write one beside every weight."""
+        biases = {f"{name.removesuffix('weight')}bias" for name in self._recipes}
+        return {
+            name
+            for name in biases & self._owners.keys()
+            if not self.tensor(name).dequantize().any()
+        }
+
+    def outline(self, name: str) -> Outline:
+        if name in self._recipes:
+            with _naming(self._path):
+                return self._recipes[name].outline(self._bytes)
+        return _outline(name, self._owner(name))
 
     def tensor(self, name: str, rows: NDArray[np.int64] | None = None) -> StoredTensor:
+        if name not in self._recipes:
+            return _read(name, self._owner(name), rows)
+        with _naming(self._path):
+            tensor = self._recipes[name].make(self._bytes)
+        return tensor if rows is None else tensor.take_rows(rows)
+
+    def _owner(self, name: str) -> SafetensorsFile:
         file = self._owners.get(name)
         if file is None:
             raise _missing(name, self._path)
-        return _read(name, file, rows)
+        return file
+
+    def _bytes(self, info: TensorInfo) -> NDArray[np.uint8]:
+        return np.frombuffer(self._owners[info.name].buffer, np.uint8, info.nbytes, info.offset)
 
     def digest(self) -> str:
         files = [(file.buffer, file.tensors.values()) for file in self._files]
@@ -172,13 +224,27 @@ class _Folder:
             file.close()
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in a ModelFileError which file or folder it is about."""
+    try:
+        yield
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def _outline(name: str, file: GGUFFile | SafetensorsFile) -> Outline:
+    info = file.tensors[name]
+    with _naming(file.path):
+        check_format(info)
+    return Outline(info.shape, info.nbytes, info.nbytes)
+
+
 def _read(
     name: str, file: GGUFFile | SafetensorsFile, rows: NDArray[np.int64] | None
 ) -> StoredTensor:
-    try:
+    with _naming(file.path):
         return read_tensor(file.tensors[name], file.buffer, rows)
-    except ModelFileError as error:
-        raise ModelFileError(f"{file.path}: {error}") from None
 
 
 def _missing(name: str, path: Path) -> ModelFileError:

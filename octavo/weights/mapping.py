@@ -31,6 +31,22 @@ class TensorInfo:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a weight will be, without reading it.
+
+    Attributes:
+        shape: as the model declares it.
+        nbytes: of all its tensors in the file.
+        widened_nbytes: once FP8 has become 16 bits and groups of more than 32 columns small ones,
+            as the CPU backend does.
+    """
+
+    shape: tuple[int, ...]
+    nbytes: int
+    widened_nbytes: int
+
+
 def map_file(path: Path) -> mmap.mmap:
     """Map a regular, non-empty file read-only.
 

@@ -1,4 +1,4 @@
-"""Whole KV blocks copied, read and written: alike on both backends, whatever is kept in them."""
+"""Whole KV blocks copied, read and written: alike on every backend, whatever is kept in them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from octavo.backends import cpu, reference
+from octavo.backends import torch as torch_backend
 from octavo.backends.program import Program
 from octavo.errors import KernelError
 from octavo.graph.batch import Float32
@@ -34,7 +35,7 @@ def kv_dtype(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=[cpu, reference], ids=["cpu", "reference"])
+@pytest.fixture(params=[cpu, reference, torch_backend], ids=["cpu", "reference", "torch"])
 def backend(request: pytest.FixtureRequest) -> ModuleType:
     module: ModuleType = request.param
     return module

@@ -61,7 +61,7 @@ class GuardedProgram:
         assert set(changed) <= written, "a block is written that the plan does not name"
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
 def test_no_step_writes_into_a_block_that_it_does_not_own(
     tiny_model_path: Path, backend: str, kv_dtype: str
@@ -74,6 +74,7 @@ def test_no_step_writes_into_a_block_that_it_does_not_own(
         num_threads=2,
         block_size=8,
         backend=backend,
+        device="cpu",
         kv_dtype=kv_dtype,
     )
     core = EngineCore.load(config.validate())
@@ -87,6 +88,6 @@ def test_no_step_writes_into_a_block_that_it_does_not_own(
         run(core, requests)
         assert guard.num_steps > 30
         assert guard.num_copies > 10
-        assert core.stats().num_preemptions > 0 or backend == "reference"
+        assert core.stats().num_preemptions > 0 or backend != "cpu"
     finally:
         core.close()

@@ -359,6 +359,48 @@ def test_quantized_while_loading(
     assert dense != batched
 
 
+# In torch: on its CPU device, where kernels in Triton are checked by tests of their own.
+TORCH = {"backend": "torch", "device": "cpu", "deterministic": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 5, "use_prefix_cache": False},
+        {"max_num_batched_tokens": 7, "times": 2},
+        {"kv_dtype": "int8", "max_num_batched_tokens": 33, "block_size": 32},
+        {"kv_dtype": "fp8", "max_num_seqs": 3},
+        {"dtype": "bf16", "max_num_batched_tokens": 48, "times": 2},
+    ],
+)
+def test_torch(
+    tiny_path: Path, tiny_requests: list[EngineRequest], options: dict[str, Any]
+) -> None:
+    kept = {name: options[name] for name in ("kv_dtype", "dtype") if name in options}
+    expected = alone(tiny_path, tiny_requests, **TORCH, **kept)
+    runs, _ = answers_of(tiny_path, tiny_requests, **TORCH, **options)
+    assert all(answers == expected for answers in runs)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_torch_quantized_while_loading(
+    tiny_model_path: Path, tiny_requests: list[EngineRequest], quantization: str
+) -> None:
+    options = {**TORCH, "quantization": quantization}
+    expected = alone(tiny_model_path, tiny_requests, **options)
+    (cold, warm), _ = answers_of(
+        tiny_model_path, tiny_requests, times=2, max_num_batched_tokens=40, **options
+    )
+    assert cold == warm == expected != alone(tiny_model_path, tiny_requests, **TORCH)
+
+
+def test_torch_samples_and_beams(tiny_path: Path) -> None:
+    requests = make_requests(12, vocab_size=262, max_prompt=9, max_tokens=30, kinds=GROUPS)
+    [answers], stats = answers_of(tiny_path, requests, **TORCH, **SCARCE)
+    assert answers == alone(tiny_path, requests, **TORCH)
+    assert stats.num_preemptions > 2
+
+
 def test_streamed_or_not(tiny_model_path: Path) -> None:
     """Text, ids and logprobs of a stream from the engine process are those of LLM."""
     params = [

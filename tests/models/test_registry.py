@@ -333,7 +333,6 @@ def test_gguf_vocabulary_may_be_told_by_the_tokens() -> None:
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ({"rope_scaling": [1]}, "rope_scaling .* must be an object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ],
 )
 def test_faults_of_a_folder(changes: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelFileError
@@ -76,8 +77,30 @@ def test_an_int8_cache_holds_more_tokens(tiny_model_path: Path) -> None:
 
 
 def test_an_unknown_kv_dtype_is_refused(tiny_model_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--kv-dtype must be fp16 or int8, not fp8"):
-        config(tiny_model_path, kv_dtype="fp8").validate()
+    with pytest.raises(ConfigError, match="--kv-dtype must be fp16, int8 or fp8, not fp4"):
+        config(tiny_model_path, kv_dtype="fp4").validate()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("option", ["kv_dtype", "quantization"])
+def test_fp8_is_of_the_torch_backend(tiny_model_path: Path, backend: str, option: str) -> None:
+    with pytest.raises(ConfigError, match="fp8 needs --backend torch"):
+        config(tiny_model_path, **{"backend": backend, option: "fp8"}).validate()
+
+
+def test_a_gpu_alone_finds_out_how_much_memory_it_has(tiny_model_path: Path) -> None:
+    config(tiny_model_path, memory_bytes=None, backend="torch").validate()
+    for elsewhere in ({"backend": "cpu"}, {"backend": "torch", "device": "cpu"}):
+        with pytest.raises(ConfigError, match="--memory must be given"):
+            config(tiny_model_path, memory_bytes=None, **elsewhere).validate()
+
+
+def test_a_device_that_is_not_there(tiny_model_path: Path) -> None:
+    """One sentence with its cure."""
+    name = f"cuda:{torch.cuda.device_count()}"
+    for device, cure in ((name, "cpu|GPUs"), ("quantum", "give cuda"), ("mps", "give cuda")):
+        with pytest.raises(ConfigError, match=cure):
+            load(config(tiny_model_path, backend="torch", device=device), silent)
 
 
 def test_the_context_is_cut_to_the_memory(tiny_model_path: Path) -> None:
@@ -143,14 +166,14 @@ def test_quantization_makes_smaller_weights(
 
 
 def test_an_unknown_quantization_is_a_fault() -> None:
-    with pytest.raises(ConfigError, match=r"--threads.*; --quantization must be int8 or int4"):
+    with pytest.raises(ConfigError, match=r"--threads.*; --quantization must be int8, int4 or fp8"):
         config(Path(), num_threads=0, quantization="int2").validate()
 
 
 def test_pool_blocks_rounds_a_sequence_up() -> None:
     asked = config(Path(), memory_bytes=10_000, max_num_seqs=2, max_model_len=17)
-    assert pool_blocks(asked, 17, 100) == 4
-    assert pool_blocks(asked, 17, 3_000) == 3
+    assert pool_blocks(asked, 10_000, 17, 100) == 4
+    assert pool_blocks(asked, 10_000, 17, 3_000) == 3
 
 
 def changed_copy(source: Path, folder: Path, name: str, tensor: np.ndarray | None) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from octavo.errors import ConfigError
-from octavo.graph.tensors import DenseTensor, GroupedTensor
+from octavo.graph.tensors import BlockFloatTensor, DenseTensor, GroupedTensor
 from octavo.graph.trace import Graph, Ops
 from octavo.runner import quantization
 from octavo.runner.loading import declare, stored_weights, weights_nbytes
@@ -60,6 +60,10 @@ def test_nothing_to_quantize_is_refused(smollm2_path: Path) -> None:
     graph = graph_of(tied=True, columns=48)
     with pytest.raises(ConfigError, match=r"multiple of 32 numbers; leave it out"):
         choose_formats(graph, weights_of(graph), "int4")
+    codes = np.zeros((10, 48), np.uint8)
+    float8 = {name: BlockFloatTensor(codes, np.ones((1, 1), np.float32), (10, 48)) for name in "ab"}
+    with pytest.raises(ConfigError, match=r"quantized already \(FP8\); leave it out"):
+        choose_formats(graph, float8, "int8")
 
 
 def test_a_weight_is_quantized_when_it_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from octavo.backends.cpu import _native
 from octavo.backends.cpu.lowering import lower
-from octavo.backends.cpu.packing import add_matrix, add_vector
+from octavo.backends.cpu.packing import add_matrix, add_vector, known_form
 from octavo.backends.cpu.program import CpuProgram
 from octavo.backends.key_scaling import key_factors
 from octavo.backends.program import CompileOptions, Progress
@@ -88,6 +88,7 @@ def _pack(
         weight = weights.get(name)
         if weight is None or tuple(weight.shape) != shape:
             raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
+        weight = known_form(weight)
         if isinstance(weight, GroupedTensor):
             groups[name] = weight.group
         add = add_matrix if len(shape) == 2 else add_vector

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from octavo.backends.cpu import _native
 from octavo.errors import KernelError
 from octavo.graph.tensors import (
+    BlockFloatTensor,
     Codes,
     DenseTensor,
     GroupedTensor,
@@ -29,8 +30,17 @@ BLOCK_COLUMNS = 256
 _DENSE_DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 
 
+def known_form(weight: StoredTensor) -> StoredTensor:
+    """The weight in a form that the kernels have: FP8 becomes dense, large groups small ones."""
+    if isinstance(weight, BlockFloatTensor):
+        return weight.to_half()
+    if isinstance(weight, GroupedTensor):
+        return weight.in_small_groups()
+    return weight
+
+
 def add_matrix(program: _native.Program, name: str, weight: StoredTensor) -> int:
-    """Pack a matrix; returns its native number.
+    """Pack a matrix in a `known_form`; returns its native number.
 
     Raises:
         KernelError: the stored form is outside this backend's contract; the message names the
@@ -39,6 +49,7 @@ def add_matrix(program: _native.Program, name: str, weight: StoredTensor) -> int
     try:
         if isinstance(weight, GroupedTensor):
             return _add_grouped(program, weight)
+        assert isinstance(weight, DenseTensor)
         return _add_dense(program, weight)
     except ValueError as error:
         raise KernelError(f"{name}: {error}") from None

@@ -79,6 +79,9 @@ class CpuProgram:
             g.bytes_per_token(self._options.cache_dtype) for g in groups
         )
 
+    def spare_bytes(self) -> None:
+        """The pool lies in the host's memory."""
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Map the KV pool; every block reads as zero."""
         for group in self._graph.cache_groups:

@@ -35,6 +35,7 @@ class RoundedLinear:
     @classmethod
     def of(cls, weight: GroupedTensor) -> RoundedLinear:
         """Lay a stored weight out by groups."""
+        weight = weight.in_small_groups()
         rows, columns = weight.shape
         codes = weight.codes.values().astype(np.float32) - np.float32(weight.codes.zero)
         by_group = codes.reshape(rows, columns // weight.group, weight.group)

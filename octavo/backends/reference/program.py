@@ -137,6 +137,9 @@ class ReferenceProgram:
             g.bytes_per_token(self._options.cache_dtype) for g in groups
         )
 
+    def spare_bytes(self) -> None:
+        """The pool lies in the host's memory."""
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Make the KV pool."""
         if self._caches is not None:

@@ -74,8 +74,8 @@ class Quantized(NamedTuple):
 
     int8 as the contract of Linear in graph/ops rounds a group (a group is the whole row here). fp8
     is float8_e4m3fn: scale = max|x| / 448, code = x * (448 / max|x|) rounded to nearest even; a
-    group whose max|x| is below 2**-120 is zeros with scale 0. NaN or infinity make a NaN of the
-    scale.
+    group whose max|x| is below 2**-119 (448 over less is infinite) is zeros with scale 0. NaN or
+    infinity make a NaN of the scale.
     """
 
     codes: Tensor

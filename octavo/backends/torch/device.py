@@ -1,0 +1,73 @@
+"""Which device a Program runs on, and in which dtype; every fault is one sentence with its cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from octavo.backends.program import DeviceOptions
+from octavo.errors import ConfigError
+from octavo.graph.tensors import DenseTensor, StoredTensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NATIVE_BF16 = (8, 0)
+"""The first compute capability that multiplies bfloat16."""
+
+
+def open_device(name: str) -> torch.device:
+    """The device of that name: "cpu", "cuda" or "cuda:1" (of ROCm too, as in torch).
+
+    Raises:
+        ConfigError: torch does not know it, or it does not answer.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: there is no such device; give cuda or cpu") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ConfigError(f"--device {name} is not supported; give cuda, cuda:N or cpu")
+    if not torch.backends.cuda.is_built() and torch.version.hip is None:
+        raise ConfigError(
+            f"this torch ({torch.__version__}) was built without CUDA and ROCm: "
+            "pip install 'octavo[cuda]' brings one that has it, or give --backend cpu"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "no GPU answers: its driver is missing, too old for this torch "
+            f"({torch.__version__}), or all GPUs are hidden (CUDA_VISIBLE_DEVICES); see what "
+            "nvidia-smi or rocm-smi says, or give --backend cpu"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(
+    options: DeviceOptions, device: torch.device, weights: Iterable[StoredTensor]
+) -> torch.dtype:
+    """The dtype of activations and dense weights: the one asked for, or that of the matrices.
+
+    Without dense matrices, and for float32 ones on a GPU, it is bfloat16 where the device
+    multiplies it, else float16; on torch's CPU device float32.
+    """
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (
+        _NATIVE_BF16
+    )
+    half = torch.bfloat16 if has_bf16 else torch.float16
+    for weight in weights:
+        if isinstance(weight, DenseTensor) and len(weight.shape) == 2 and weight.dtype == "f16":
+            return torch.float16
+    return half
+
+
+def describe(device: torch.device) -> str:
+    """For people: "NVIDIA H200"."""
+    return "CPU" if device.type == "cpu" else str(torch.cuda.get_device_name(device))

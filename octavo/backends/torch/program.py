@@ -1,0 +1,243 @@
+"""The torch backend's Program: calls of kernels over a step's arrays, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.backends.program import CompileOptions
+from octavo.backends.torch.arrays import Staging, put_pairs, put_rows, put_step
+from octavo.backends.torch.cache import KVCache
+from octavo.backends.torch.device import describe
+from octavo.backends.torch.execute import GraphExecutor
+from octavo.backends.torch.graphs import DecodeGraphs, is_decode
+from octavo.backends.torch.kernels import Sampled
+from octavo.backends.torch.memory import measure_spare_bytes, sampling_rows
+from octavo.errors import KernelError
+from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
+from octavo.graph.trace import Graph
+
+
+class TorchProgram:
+    """See backends.program.Program."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        options: CompileOptions,
+        executor: GraphExecutor,
+        cache: KVCache | None,
+        device: torch.device,
+    ) -> None:
+        """Serve what was compiled; the cache is made by allocate_cache."""
+        self._graph = graph
+        self._options = options
+        self._executor: GraphExecutor | None = executor
+        self._cache = cache
+        self._device = device
+        self._step_staging = Staging(device)
+        self._rows_staging = Staging(device)
+        has_graphs = device.type == "cuda" and cache is not None
+        self._graphs = DecodeGraphs(device, executor, options.block_size) if has_graphs else None
+
+    @property
+    def description(self) -> str:
+        """For people: "torch bf16 on NVIDIA H200"."""
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        mode = ", deterministic" if self._options.device.deterministic else ""
+        return f"torch {names[self._alive().dtype]} on {describe(self._device)}{mode}"
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of the weights on the device."""
+        return self._alive().weights_bytes
+
+    def block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        return 0 if self._cache is None else self._cache.block_bytes
+
+    def spare_bytes(self) -> int | None:
+        """Bytes that the largest step leaves free on a GPU, other processes respected."""
+        if self._device.type != "cuda":
+            return None
+        return measure_spare_bytes(self._device, self._run_largest)
+
+    def _run_largest(self) -> None:
+        """Compute a step as large as can be, over a cache of one block."""
+        limits = self._options
+        num_tokens = min(limits.max_num_tokens, limits.max_model_len)
+        num_rows = min(limits.max_num_rows, num_tokens)
+        num_blocks = -(-num_tokens // limits.block_size)
+        counting = np.arange(num_tokens, dtype=np.int32)
+        batch = Batch(
+            token_ids=np.zeros(num_tokens, np.int32),
+            positions=counting[None],
+            query_start_loc=np.array([0, num_tokens], np.int32),
+            seq_lens=np.array([num_tokens], np.int32),
+            block_tables=(np.zeros((1, num_blocks), np.int32),),
+            slot_mapping=(np.zeros(num_tokens, np.int32),),
+            logits_rows=counting[:num_rows],
+        )
+        if self._cache is not None:
+            self._cache.allocate(1)
+        try:
+            self.run(batch, sampling_rows(num_rows))
+        finally:
+            if self._cache is not None:
+                self._cache.release()
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Make the KV pool; every block reads as zero."""
+        self._alive()
+        if self._cache is None:
+            return
+        if self._cache.num_blocks:
+            raise KernelError("the cache is allocated once")
+        self._cache.allocate(num_blocks)
+
+    def copy_blocks(self, pairs: Int32) -> None:
+        """Copy whole blocks, one pair after another."""
+        cache = self._cache_of_blocks(pairs, (2,))
+        origin: dict[int, int] = {}
+        for source, destination in pairs.tolist():
+            origin[destination] = origin.get(source, source)
+        if origin:
+            merged = np.array([(s, d) for d, s in origin.items()], np.int32)
+            cache.copy(put_pairs(merged, self._device))
+
+    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
+        """The content of whole blocks, layer after layer."""
+        cache = self._cache_of_blocks(ids)
+        taken = cache.pool[:, torch.from_numpy(ids.astype(np.int64)).to(self._device)]
+        data: NDArray[np.uint8] = taken.transpose(0, 1).flatten(1).cpu().numpy()
+        return data
+
+    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+        """Give blocks a content that was read."""
+        cache = self._cache_of_blocks(ids)
+        if data.dtype != np.uint8 or data.shape != (len(ids), self.block_bytes()):
+            raise KernelError(f"data is not uint8 [{len(ids)}, {self.block_bytes()}]")
+        there = torch.from_numpy(np.ascontiguousarray(data)).to(self._device)
+        by_layer = there.unflatten(1, (len(cache.pool), -1)).transpose(0, 1)
+        cache.pool[:, torch.from_numpy(ids.astype(np.int64)).to(self._device)] = by_layer
+
+    def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
+        """Compute one step.
+
+        Raises:
+            KernelError: an array is outside its contract (nothing was computed), or the program is
+                closed.
+        """
+        executor = self._alive()
+        wants = tuple(wants)
+        for name in wants:
+            if name not in self._graph.outputs:
+                raise KernelError(f"the graph has no output {name}")
+        self._check(batch, rows)
+        with torch.inference_mode():
+            if self._graphs is not None and rows is not None and not wants and is_decode(batch):
+                logits = self._graphs.run(batch)
+                return _output(self._sample(logits, rows), {})
+            names = {*wants} | (set() if rows is None else {"logits"})
+            step, ids, logits_rows = put_step(self._step_staging, batch)
+            inputs = {
+                name: torch.from_numpy(values).to(self._device, executor.dtype)
+                for name, values in batch.inputs.items()
+            }
+            values = executor.run(step, ids, logits_rows, inputs, names)
+            sampled = None
+            if rows is not None:
+                logits = values["logits"]
+                sampled = self._sample(logits.clone() if "logits" in wants else logits, rows)
+            return _output(sampled, {name: _to_host(values[name]) for name in wants})
+
+    def _sample(self, logits: Tensor, rows: SamplingRows) -> Sampled:
+        """Sample from logits, which may be overwritten."""
+        arrays = put_rows(self._rows_staging, rows)
+        return self._alive().kernels.sample(logits.float(), arrays)
+
+    def close(self) -> None:
+        """Free everything; the Program is unusable afterwards."""
+        self._executor = None
+        self._graphs = None
+        if self._cache is not None:
+            self._cache.release()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _alive(self) -> GraphExecutor:
+        if self._executor is None:
+            raise KernelError("the program is closed")
+        return self._executor
+
+    def _cache_of_blocks(self, ids: Int32, row: tuple[int, ...] = ()) -> KVCache:
+        """The cache, once `ids` of shape [n, *row] are found to lie inside it."""
+        self._alive()
+        if self._cache is None or not self._cache.num_blocks:
+            raise KernelError("allocate_cache must be called before blocks are moved")
+        if ids.dtype != np.int32 or ids.ndim != 1 + len(row) or ids.shape[1:] != row:
+            raise KernelError("block ids are not an int32 array of the rank that the contract says")
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._cache.num_blocks:
+            raise KernelError("a block id lies outside the KV cache")
+        return self._cache
+
+    def _check(self, batch: Batch, rows: SamplingRows | None) -> None:
+        """Refuse what would make a kernel read or write elsewhere than in its arrays."""
+        limits, faults = self._options, []
+        starts = batch.query_start_loc
+        if starts[0] != 0 or starts[-1] != len(batch.token_ids) or (np.diff(starts) < 1).any():
+            faults.append("query_start_loc does not divide the tokens")
+        if not 0 < len(batch.token_ids) <= limits.max_num_tokens:
+            faults.append("the batch is empty or larger than the program was compiled for")
+        if len(batch.logits_rows) > limits.max_num_rows:
+            faults.append("more rows are sampled than the program was compiled for")
+        vocabulary = self._alive().vocabulary
+        faults += _outside("a token id", batch.token_ids, vocabulary)
+        faults += _outside("a position", batch.positions, limits.max_model_len)
+        faults += _outside("a row of logits", batch.logits_rows, len(batch.token_ids))
+        if batch.seq_lens.max(initial=0) > limits.max_model_len:
+            faults.append("a sequence is longer than max_model_len")
+        if self._cache is not None:
+            num_blocks = self._cache.num_blocks
+            faults += _outside("a block", batch.block_tables[0], num_blocks)
+            faults += _outside("a slot", batch.slot_mapping[0], num_blocks * limits.block_size)
+            if batch.block_tables[0].shape[1] * limits.block_size < batch.seq_lens.max():
+                faults.append("a block table is too short")
+        if rows is not None and len(rows.num_logprobs) != len(batch.logits_rows):
+            faults.append("sampling rows and logits_rows differ in number")
+        if faults:
+            raise KernelError("; ".join(faults))
+
+
+def _outside(name: str, numbers: Int32, end: int | None) -> list[str]:
+    if end is None or not numbers.size or 0 <= numbers.min() <= numbers.max() < end:
+        return []
+    return [f"{name} lies outside of 0 to {end - 1}"]
+
+
+def _to_host(value: Tensor) -> Float32:
+    array: Float32 = value.float().cpu().numpy()
+    return array
+
+
+def _output(sampled: Sampled | None, values: Mapping[str, Float32]) -> StepOutput:
+    if sampled is None:
+        none, no_floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return StepOutput(
+            tokens=none,
+            logprobs=no_floats,
+            top_ids=none.reshape(0, 0),
+            top_logprobs=no_floats.reshape(0, 0),
+            values=values,
+        )
+    return StepOutput(
+        tokens=sampled.tokens.cpu().numpy(),
+        logprobs=sampled.logprobs.cpu().numpy(),
+        top_ids=sampled.top_ids.cpu().numpy(),
+        top_logprobs=sampled.top_logprobs.cpu().numpy(),
+        values=values,
+    )

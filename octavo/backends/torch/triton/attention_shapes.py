@@ -1,0 +1,203 @@
+"""What the host decides of a launch of attention: tiles, dtypes of products, constants."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.backends.torch.kernels import LayerCache
+from octavo.backends.torch.triton.launch import FP_FUSION
+from octavo.graph import ops as op
+
+SEGMENT = 512
+"""Positions after which a deterministic softmax starts anew."""
+MOST_SPLIT_ROWS = 64
+"""Rows of a sequence that caches are split for: more of them fill a device as they are."""
+MERGE_OPTIONS = {"num_warps": 1, **FP_FUSION}
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What of a device decides how kernels are launched."""
+
+    processors: int
+    hip: bool
+    reads_fp8: bool
+    interpreted: bool = False
+
+    def name(self, dtype: torch.dtype) -> Any:
+        """The dtype of products in Triton; its interpreter has none of bfloat16."""
+        if dtype == torch.float16:
+            return tl.float16
+        return tl.float32 if dtype == torch.float32 or self.interpreted else tl.bfloat16
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The facts of a device; made-up ones of a processor, on which the interpreter runs."""
+    if device.type != "cuda":
+        return Device(processors=4, hip=False, reads_fp8=True, interpreted=True)
+    facts = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip is not None
+    native = (facts.major, facts.minor) >= ((9, 5) if hip else (8, 9))
+    return Device(facts.multi_processor_count, hip, native)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel cuts its work."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What decides the tiles of a kernel.
+
+    Attributes:
+        dim: the head_dim, padded to a power of two.
+        itemsize: bytes of a number of the cache.
+        wide: products are of float32.
+    """
+
+    dim: int
+    itemsize: int
+    wide: bool
+    deterministic: bool
+    hip: bool
+
+
+def split_tiles(case: Case, rows: int) -> Tiles | None:
+    """The tiles to split caches with, for the rows of the largest sequence; None: too many."""
+    if case.deterministic:
+        tiles = ragged_tiles(case)
+        return tiles if rows <= tiles.rows else None
+    if rows > MOST_SPLIT_ROWS:
+        return None
+    # 16 KiB a tile of keys: much in flight, and two programs share a processor.
+    keys = max(32, min(128, 16384 // (case.dim * case.itemsize)))
+    return Tiles(max(16, triton.next_power_of_2(rows)), keys, 4, 2 if case.hip else 5)
+
+
+def ragged_tiles(case: Case) -> Tiles:
+    """The tiles of the ragged kernel; a deterministic one's are those of both."""
+    stages = 2 if case.hip else 3
+    if case.wide:
+        return Tiles(32 if case.deterministic else 64, 32, 4, stages)
+    if case.deterministic:
+        small = case.dim <= 128
+        return Tiles(64, 64 if small else 32, 4 if small else 8, stages)
+    return Tiles(128, 64, 8, stages)
+
+
+def product_dtypes(
+    query: torch.dtype, cached: torch.dtype, codes: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the products of scores and of values.
+
+    float16 holds bfloat16 exactly within its range, far beyond that of queries and keys; codes are
+    exact in both. But weights times the scales of codes may be below its range.
+    """
+    dtypes = {query} if codes else {query, cached}
+    if torch.float32 in dtypes:
+        return torch.float32, torch.float32
+    if torch.float16 not in dtypes:
+        return torch.bfloat16, torch.bfloat16
+    return torch.float16, torch.bfloat16 if codes else torch.float16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A launch, but for tensors and counts.
+
+    Attributes:
+        split: caches are split.
+        head_tiles: tiles of the heads of a token.
+        slots: programs that the device may work at at once, for each tile of heads.
+        constants: the tl.constexpr arguments.
+        options: warps, stages and the like.
+    """
+
+    split: bool
+    head_tiles: int
+    slots: int
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def merge_constants(self) -> dict[str, Any]:
+        """The tl.constexpr arguments of the kernel that merges."""
+        names = ("NUM_HEADS", "HEAD_DIM", "DIM", "BLOCK_N", "SEGMENT", "WINDOW")
+        return {name: self.constants[name] for name in names}
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_shape(
+    operator: op.PagedAttention,
+    query: torch.dtype,
+    cached: torch.dtype,
+    block_size: int,
+    tokens: int,
+    deterministic: bool,
+    device: Device,
+) -> Shape:
+    """The launch for these dtypes and sizes; `tokens` is the greatest number of a sequence's."""
+    dim = max(16, triton.next_power_of_2(operator.head_dim))
+    codes = cached.itemsize == 1
+    products, weighted = product_dtypes(query, cached, codes)
+    case = Case(dim, cached.itemsize, products == torch.float32, deterministic, device.hip)
+    group = operator.num_heads // operator.num_kv_heads
+    heads = min(group, ragged_tiles(case).rows, MOST_SPLIT_ROWS)
+    split = split_tiles(case, heads * tokens)
+    tiles = split or ragged_tiles(case)
+    head_tiles = operator.num_kv_heads * triton.cdiv(group, heads)
+    constants = {
+        "NUM_HEADS": operator.num_heads,
+        "KV_HEADS": operator.num_kv_heads,
+        "HEAD_DIM": operator.head_dim,
+        "DIM": dim,
+        "BLOCK_SIZE": block_size,
+        "HEADS": heads,
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.keys,
+        "SEGMENT": SEGMENT if deterministic else 0,
+        "WINDOW": operator.window or 0,
+        "SOFT_CAP": operator.soft_cap is not None,
+        "CODES": codes,
+        "FP8_BITS": cached == torch.float8_e4m3fn and not device.reads_fp8,
+        "DTYPE": device.name(products),
+        "P_DTYPE": device.name(weighted),
+        "PRECISION": "tf32x3" if case.wide and not device.hip else "ieee",
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **FP_FUSION}
+    slots = max(1, 2 * device.processors // head_tiles)
+    return Shape(split is not None, head_tiles, slots, constants, options)
+
+
+def score_factors(operator: op.PagedAttention) -> tuple[float, float]:
+    """What scores, or the tanh of them, are multiplied by; and for tanh, what its argument is."""
+    if operator.soft_cap is None:
+        return operator.scale * LOG2_E, 0.0
+    return operator.soft_cap * LOG2_E, operator.scale / operator.soft_cap * 2 * LOG2_E
+
+
+def cache_tensors(cache: LayerCache, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Values and scales as kernels take them; without scales, some tensor in their place."""
+    values = cache.values.view(torch.uint8) if shape.constants["FP8_BITS"] else cache.values
+    return values, values if cache.scales is None else cache.scales
+
+
+def cache_strides(cache: LayerCache) -> tuple[int, int]:
+    """From block to block, of values and of scales."""
+    return cache.values.stride(0), 0 if cache.scales is None else cache.scales.stride(0)
