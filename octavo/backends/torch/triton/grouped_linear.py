@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.backends.torch.kernels import GroupedWeight
-from octavo.backends.torch.triton.dot import dot, rounded
+from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
 from octavo.backends.torch.triton.matmul import load_columns, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
@@ -72,18 +72,13 @@ def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def unpack_slot(
-    words, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
+    word, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One slot of a block, [rows, units, 4] (what slots load in common is loaded once)."""
-    unit, lane = tl.arange(0, 4), tl.arange(0, 4)
-    at = (block * n + row)[:, None, None] * 16 + unit[None, :, None] * 4 + lane[None, None, :]
-    word = tl.load(words + at)
-    group = group_of(block, SLOT, BITS, GROUP)
-    scale, offset = scale_of(
-        scales, minimums, group[None, :] * n + row[:, None], zero, True, BITS, HAS_MINIMUMS
-    )
-    return rounded(unpack(word, scale, offset, mask, one, SLOT, BITS), DTYPE)
+    """One slot of a block, [rows, units, 4] (scales that slots have in common are loaded once)."""
+    at = group_of(block, SLOT, BITS, GROUP)[None, :] * n + row[:, None]
+    scale, offset = scale_of(scales, minimums, at, zero, True, BITS, HAS_MINIMUMS)
+    return unpack(word, scale, offset, mask, one, SLOT, BITS).to(DTYPE)
 
 
 @triton.jit
@@ -96,7 +91,9 @@ def unpack_block(
     All slots of a word stand in one thread's registers, so joining them moves nothing: the last
     dimension is the lowest bit of a slot's number.
     """
-    a = words, scales, minimums, block, row, n, zero, mask, one
+    four = tl.arange(0, 4)
+    at = (block * n + row)[:, None, None] * 16 + four[None, :, None] * 4 + four[None, None, :]
+    a = tl.load(words + at), scales, minimums, block, row, n, zero, mask, one
     if BITS == 4:
         s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
         s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
@@ -159,7 +156,7 @@ def grouped_row_kernel(
     if HAS_BIAS:
         addend = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     value = finish(total, 1.0, tl.load(factors + at, mask=inside, other=0.0), addend)
-    tl.store(out + at, rounded(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_blocks", "zero", "mask", "one"])
@@ -206,7 +203,7 @@ def grouped_tile_kernel(
         if HAS_BIAS:
             addend = tl.load(bias + row).to(tl.float32)
         value = finish(total, 1.0, tl.load(factors + row)[None, :], addend[None, :])
-        tl.store(to, rounded(value, out.dtype.element_ty), mask=inside)
+        tl.store(to, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first", "zero", "mask", "one"])
@@ -226,7 +223,7 @@ def unpack_kernel(
     column = block * columns + tl.arange(0, columns)
     to = out + at.to(tl.int64)[:, None] * k + column[None, :]
     inside = (at < num_rows)[:, None] & (column < k)[None, :]
-    tl.store(to, rounded(weight, out.dtype.element_ty), mask=inside)
+    tl.store(to, weight.to(out.dtype.element_ty), mask=inside)
 
 
 def grouped_linear(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.triton.dot import dot, rounded
+from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
 from octavo.backends.torch.triton.matmul import load_columns
 
@@ -52,7 +52,7 @@ def grouped_matmul_kernel(
             sums = dot(values, w, sums)
         to = out + rows.to(tl.int64)[:, None] * n + at[None, :]
         inside = (rows < end)[:, None] & (at < n)[None, :]
-        tl.store(to, rounded(sums, out.dtype.element_ty), mask=inside)
+        tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.triton.dot import dot, rounded
+from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
 from octavo.backends.torch.triton.parts import are_shared, cut, new_sums, sum_parts
 
@@ -51,7 +51,7 @@ def put(out, total, bias, rows, at, tokens, n, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         total += tl.load(bias + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
     to = out + rows.to(tl.int64)[:, None] * n + at[None, :]
-    tl.store(to, rounded(total, out.dtype.element_ty), mask=inside)
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_steps"])

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.triton.dot import rounded
 from octavo.backends.torch.triton.launch import FP_FUSION
 
 _PROGRAMS = 256
@@ -72,7 +71,7 @@ def sum_parts_kernel(
     if HAS_BIAS:
         addend = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     value = finish(total, row_scale, scale, addend)
-    tl.store(out + row * n + at, rounded(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + row * n + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 def sum_parts(

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.backends.torch.kernels import Quantized, QuantizedWeight
-from octavo.backends.torch.triton.dot import rounded
 from octavo.backends.torch.triton.launch import FP_FUSION
 from octavo.backends.torch.triton.matmul import PIECE, TILE_N, load_columns, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
@@ -61,7 +60,7 @@ def put(
         if HAS_BIAS:
             addend = tl.load(bias + at, mask=at < n, other=0.0).to(tl.float32)
         value = finish(total, x_scale[:, None], w_scale[None, :], addend[None, :])
-        tl.store(to, rounded(value, out.dtype.element_ty), mask=inside)
+        tl.store(to, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_steps"])
