@@ -73,44 +73,46 @@ def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexp
 @triton.jit
 def unpack_slot(
     word, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
 ):  # fmt: skip
     """One slot of a block, [rows, units, 4] (scales that slots have in common are loaded once)."""
     at = group_of(block, SLOT, BITS, GROUP)[None, :] * n + row[:, None]
     scale, offset = scale_of(scales, minimums, at, zero, True, BITS, HAS_MINIMUMS)
-    return unpack(word, scale, offset, mask, one, SLOT, BITS).to(DTYPE)
+    return unpack(word, scale, offset, mask, one, SLOT, BITS)
 
 
 @triton.jit
 def unpack_block(
     words, scales, minimums, block, row, n, zero, mask, one, ROWS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block, [rows, columns].
+    """Weights of a block in float32, [rows, columns].
 
     All slots of a word stand in one thread's registers, so joining them moves nothing: the last
     dimension is the lowest bit of a slot's number.
+
+    NOTE: round after this, not inside: Triton 3.6 fails at a reshape that a product reads directly.
     """
     four = tl.arange(0, 4)
     at = (block * n + row)[:, None, None] * 16 + four[None, :, None] * 4 + four[None, None, :]
     a = tl.load(words + at), scales, minimums, block, row, n, zero, mask, one
     if BITS == 4:
-        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s4 = unpack_slot(*a, 4, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s5 = unpack_slot(*a, 5, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s6 = unpack_slot(*a, 6, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s7 = unpack_slot(*a, 7, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS)
+        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS)
+        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS)
+        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS)
+        s4 = unpack_slot(*a, 4, BITS, GROUP, HAS_MINIMUMS)
+        s5 = unpack_slot(*a, 5, BITS, GROUP, HAS_MINIMUMS)
+        s6 = unpack_slot(*a, 6, BITS, GROUP, HAS_MINIMUMS)
+        s7 = unpack_slot(*a, 7, BITS, GROUP, HAS_MINIMUMS)
         even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
         odd = tl.join(tl.join(s1, s5), tl.join(s3, s7))
         slots = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2))
     else:
-        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS)
+        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS)
+        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS)
+        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS)
         slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 1, 3, 4, 2))
     return tl.reshape(slots, (ROWS, 512 // BITS))
 
@@ -190,9 +192,9 @@ def grouped_tile_kernel(
             values = load_columns(x_at + start, lane[None, :], k - start, WHOLE_K)
             weight = unpack_block(
                 words, scales, minimums, block, row, n, zero, mask, one,
-                TILE_N, BITS, GROUP, HAS_MINIMUMS, values.dtype,
+                TILE_N, BITS, GROUP, HAS_MINIMUMS,
             )  # fmt: skip
-            sums = dot(values, tl.trans(weight), sums)
+            sums = dot(values, tl.trans(weight.to(values.dtype)), sums)
         total += sums
     inside = (rows < tokens)[:, None] & (at < n)[None, :]
     to = out + rows.to(tl.int64)[:, None] * n + at[None, :]
@@ -218,7 +220,7 @@ def unpack_kernel(
     block = tl.program_id(1)
     weight = unpack_block(
         words, scales, minimums, block, row, n, zero, mask, one,
-        TILE_N, BITS, GROUP, HAS_MINIMUMS, tl.float32,
+        TILE_N, BITS, GROUP, HAS_MINIMUMS,
     ) * tl.load(factors + row)[:, None]  # fmt: skip
     column = block * columns + tl.arange(0, columns)
     to = out + at.to(tl.int64)[:, None] * k + column[None, :]
