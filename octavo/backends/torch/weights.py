@@ -69,6 +69,8 @@ def dense(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> Ten
         if tensor.dtype == "bf16":
             stored = stored.view(torch.bfloat16)
         return stored.to(device).to(dtype)
+    if isinstance(tensor, BlockFloatTensor):
+        return _dense_of_fp8(tensor, dtype, device)
     out = torch.empty(tensor.shape, dtype=dtype, device=device)
     for rows in _chunks(tensor.shape):
         values = _codes(tensor.codes, rows, device).to(torch.float32) - tensor.codes.zero
@@ -137,6 +139,25 @@ def unpack_grouped(weight: GroupedWeight) -> Tensor:
     if weight.minimums is not None:
         groups = groups + weight.minimums[:num_groups].T[:, :, None].to(torch.float32)
     return groups.flatten(1) * weight.factors[:, None]
+
+
+def can_pack_fp8(tensor: BlockFloatTensor) -> bool:
+    """Whether its blocks are rows, the whole, or 128 by 128: what products with codes know."""
+    rows, columns = tensor.shape
+    return (
+        tensor.scales.shape in ((1, 1), (rows, 1)) and tensor.block[1] >= columns
+    ) or tensor.block == (BLOCK, BLOCK)
+
+
+def pack_fp8(tensor: BlockFloatTensor, device: torch.device) -> QuantizedWeight:
+    """A weight that is stored in fp8, its codes as they are; see `can_pack_fp8`."""
+    assert can_pack_fp8(tensor)
+    static = tensor.input_scale
+    return QuantizedWeight(
+        _to_device(tensor.codes, device).view(torch.float8_e4m3fn),
+        _to_device(tensor.scales, device),
+        None if static is None else torch.tensor(static, dtype=torch.float32, device=device),
+    )
 
 
 def quantize_dense(weight: Tensor, mode: WeightMode) -> QuantizedWeight:
@@ -242,6 +263,17 @@ def _chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
     step = max(1, _CHUNK // max(1, shape[1]) // multiple) * multiple
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
+
+
+def _dense_of_fp8(tensor: BlockFloatTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+    column_block = torch.arange(tensor.shape[1], device=device) // tensor.block[1]
+    for rows in _chunks(tensor.shape):
+        values = _to_device(tensor.codes[rows], device).view(torch.float8_e4m3fn)
+        row_block = np.arange(rows.start, rows.stop) // tensor.block[0]
+        scales = _to_device(tensor.scales[row_block], device)
+        out[rows] = (values.to(torch.float32) * scales.index_select(1, column_block)).to(dtype)
+    return out
 
 
 def _to_device(data: NDArray[np.generic], device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from octavo.backends.torch import weights
 from octavo.backends.torch.kernels import QuantizedWeight
-from octavo.graph.tensors import DenseTensor, GroupedTensor, GroupScales
+from octavo.graph.tensors import BlockFloatTensor, DenseTensor, GroupedTensor, GroupScales
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
@@ -111,6 +111,29 @@ def test_concat_grouped(
     other = weights.pack_grouped(kit.grouped(rng, 3, 384, bits, group, minimums=not minimums), CPU)
     assert not weights.can_concat([packed[0], other])
     assert not weights.can_concat([packed[0], torch.zeros(3, 384)])
+
+
+@pytest.mark.parametrize("block", [(1, 300), (270, 300), (128, 128), (64, 128), (1, 128)])
+@pytest.mark.parametrize("input_scale", [None, 0.5])
+def test_fp8_as_stored(
+    rng: np.random.Generator,
+    block: tuple[int, int],
+    input_scale: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights, "_CHUNK", 100 * 300)
+    grid = -(-270 // block[0]), -(-300 // block[1])
+    codes = rng.integers(0, 256, (270, 300), np.uint8)
+    codes[codes & 0x7F == 0x7F] = 0  # NaN
+    tensor = BlockFloatTensor(codes, rng.random(grid, np.float32), block, input_scale)
+    expected = torch.from_numpy(tensor.dequantize())
+    assert torch.equal(weights.dense(tensor, torch.float32, CPU), expected)
+    assert torch.equal(weights.dense(tensor, torch.bfloat16, CPU), expected.bfloat16())
+    assert weights.can_pack_fp8(tensor) == (block in ((1, 300), (270, 300), (128, 128)))
+    if weights.can_pack_fp8(tensor):
+        packed = weights.pack_fp8(tensor, CPU)
+        assert torch.equal(weights.dequantize(packed), expected)
+        assert (None if packed.input_scale is None else packed.input_scale.item()) == input_scale
 
 
 @pytest.mark.parametrize("mode", ["int8 row", "fp8 row", "fp8 block"])

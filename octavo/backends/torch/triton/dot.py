@@ -1,7 +1,4 @@
-"""Tensor core products and rounding to 16 bits, with what Triton's interpreter needs to have right.
-
-It multiplies bfloat16 as whole numbers, and cuts to it instead of rounding.
-"""
+"""Products of tiles; Triton's interpreter would take bfloat16 for whole numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +15,3 @@ def dot(a, b, sums):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision="ieee")
-
-
-@triton.jit
-def rounded(value, DTYPE: tl.constexpr):
-    """Float32 numbers rounded to nearest even."""
-    if IS_INTERPRETED:
-        if DTYPE == tl.bfloat16:
-            bits = value.to(tl.uint32, bitcast=True)
-            bits += 0x7FFF + ((bits >> 16) & 1)
-            value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return value.to(DTYPE)

@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.backends.torch.kernels import GroupedWeight
-from octavo.backends.torch.triton.dot import dot, rounded
+from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import place
+from octavo.backends.torch.triton.matmul import load_columns, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
 from octavo.backends.torch.weights import block_columns
 
@@ -65,58 +65,54 @@ def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexp
     """
     top: tl.constexpr = 16 if BITS == 4 else 15  # codes of slot 4 are there already
     move: tl.constexpr = top - SLOT * BITS
-    if move >= 0:
-        bits = word << move
-    else:
-        bits = word >> -move
+    bits = word << move if move >= 0 else word >> -move
     number = ((bits & mask) | one).to(tl.float32, bitcast=True)
     return tl.fma(number, scale, offset)
 
 
 @triton.jit
 def unpack_slot(
-    words, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
+    word, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
 ):  # fmt: skip
-    """One slot of a block, [rows, units, 4] (what slots load in common is loaded once)."""
-    unit, lane = tl.arange(0, 4), tl.arange(0, 4)
-    at = (block * n + row)[:, None, None] * 16 + unit[None, :, None] * 4 + lane[None, None, :]
-    word = tl.load(words + at)
-    group = group_of(block, SLOT, BITS, GROUP)
-    scale, offset = scale_of(
-        scales, minimums, group[None, :] * n + row[:, None], zero, True, BITS, HAS_MINIMUMS
-    )
-    return rounded(unpack(word, scale, offset, mask, one, SLOT, BITS), DTYPE)
+    """One slot of a block, [rows, units, 4] (scales that slots have in common are loaded once)."""
+    at = group_of(block, SLOT, BITS, GROUP)[None, :] * n + row[:, None]
+    scale, offset = scale_of(scales, minimums, at, zero, True, BITS, HAS_MINIMUMS)
+    return unpack(word, scale, offset, mask, one, SLOT, BITS)
 
 
 @triton.jit
 def unpack_block(
     words, scales, minimums, block, row, n, zero, mask, one, ROWS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, DTYPE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block, [rows, columns].
+    """Weights of a block in float32, [rows, columns].
 
     All slots of a word stand in one thread's registers, so joining them moves nothing: the last
     dimension is the lowest bit of a slot's number.
+
+    NOTE: round after this, not inside: Triton 3.6 fails at a reshape that a product reads directly.
     """
-    a = words, scales, minimums, block, row, n, zero, mask, one
+    four = tl.arange(0, 4)
+    at = (block * n + row)[:, None, None] * 16 + four[None, :, None] * 4 + four[None, None, :]
+    a = tl.load(words + at), scales, minimums, block, row, n, zero, mask, one
     if BITS == 4:
-        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s4 = unpack_slot(*a, 4, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s5 = unpack_slot(*a, 5, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s6 = unpack_slot(*a, 6, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s7 = unpack_slot(*a, 7, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS)
+        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS)
+        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS)
+        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS)
+        s4 = unpack_slot(*a, 4, BITS, GROUP, HAS_MINIMUMS)
+        s5 = unpack_slot(*a, 5, BITS, GROUP, HAS_MINIMUMS)
+        s6 = unpack_slot(*a, 6, BITS, GROUP, HAS_MINIMUMS)
+        s7 = unpack_slot(*a, 7, BITS, GROUP, HAS_MINIMUMS)
         even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
         odd = tl.join(tl.join(s1, s5), tl.join(s3, s7))
         slots = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2))
     else:
-        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS, DTYPE)
-        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS, DTYPE)
+        s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS)
+        s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS)
+        s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS)
+        s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS)
         slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 1, 3, 4, 2))
     return tl.reshape(slots, (ROWS, 512 // BITS))
 
@@ -162,7 +158,7 @@ def grouped_row_kernel(
     if HAS_BIAS:
         addend = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     value = finish(total, 1.0, tl.load(factors + at, mask=inside, other=0.0), addend)
-    tl.store(out + at, rounded(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_blocks", "zero", "mask", "one"])
@@ -192,16 +188,13 @@ def grouped_tile_kernel(
         sums = tl.zeros([TILE_M, TILE_N], tl.float32)
         last = tl.minimum((part + 1) * part_blocks, num_blocks)
         for block in range(part * part_blocks, last):
-            if WHOLE_K:
-                values = tl.load(x_at + block * columns)
-            else:
-                inside = block * columns + lane < k
-                values = tl.load(x_at + block * columns, mask=inside[None, :], other=0.0)
+            start = block * columns
+            values = load_columns(x_at + start, lane[None, :], k - start, WHOLE_K)
             weight = unpack_block(
                 words, scales, minimums, block, row, n, zero, mask, one,
-                TILE_N, BITS, GROUP, HAS_MINIMUMS, values.dtype,
+                TILE_N, BITS, GROUP, HAS_MINIMUMS,
             )  # fmt: skip
-            sums = dot(values, tl.trans(weight), sums)
+            sums = dot(values, tl.trans(weight.to(values.dtype)), sums)
         total += sums
     inside = (rows < tokens)[:, None] & (at < n)[None, :]
     to = out + rows.to(tl.int64)[:, None] * n + at[None, :]
@@ -212,7 +205,7 @@ def grouped_tile_kernel(
         if HAS_BIAS:
             addend = tl.load(bias + row).to(tl.float32)
         value = finish(total, 1.0, tl.load(factors + row)[None, :], addend[None, :])
-        tl.store(to, rounded(value, out.dtype.element_ty), mask=inside)
+        tl.store(to, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first", "zero", "mask", "one"])
@@ -227,12 +220,12 @@ def unpack_kernel(
     block = tl.program_id(1)
     weight = unpack_block(
         words, scales, minimums, block, row, n, zero, mask, one,
-        TILE_N, BITS, GROUP, HAS_MINIMUMS, tl.float32,
+        TILE_N, BITS, GROUP, HAS_MINIMUMS,
     ) * tl.load(factors + row)[:, None]  # fmt: skip
     column = block * columns + tl.arange(0, columns)
     to = out + at.to(tl.int64)[:, None] * k + column[None, :]
     inside = (at < num_rows)[:, None] & (column < k)[None, :]
-    tl.store(to, rounded(weight, out.dtype.element_ty), mask=inside)
+    tl.store(to, weight.to(out.dtype.element_ty), mask=inside)
 
 
 def grouped_linear(
@@ -263,8 +256,8 @@ def grouped_linear(
     num_tiles = n_tiles * triton.cdiv(tokens, tile_m)
     is_shared = are_shared(parts, num_tiles)
     sums = new_sums(parts, tokens, n, x.device) if is_shared else out
-    grouped_tile_kernel[(num_tiles, parts.count if is_shared else 1)](
-        x, *packed, bias, sums, tokens, n, k, num_blocks, parts.count, parts.steps, *numbers,
+    grouped_tile_kernel[(num_tiles, parts.num if is_shared else 1)](
+        x, *packed, bias, sums, tokens, n, k, num_blocks, parts.num, parts.steps, *numbers,
         x.stride(0), **form, WHOLE_K=k % block_columns(weight.bits) == 0, TILE_M=tile_m,
         TILE_N=TILE_N, IS_SHARED=is_shared, BAND=_BAND, num_warps=4,
         num_stages=2 if torch.version.hip else 4, **FP_FUSION,

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.triton.dot import dot, rounded
+from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
+from octavo.backends.torch.triton.matmul import load_columns
 
 TILE_N, STEP = 128, 64
 
@@ -46,15 +47,12 @@ def grouped_matmul_kernel(
         w_at = weight + w_row[None, :] * k + column[:, None]
         sums = tl.zeros([TILE_M, TILE_N], tl.float32)
         for start in range(0, k, STEP):
-            if WHOLE_K:
-                values, w = tl.load(x_at + start), tl.load(w_at + start)
-            else:
-                values = tl.load(x_at + start, mask=column[None, :] < k - start, other=0.0)
-                w = tl.load(w_at + start, mask=column[:, None] < k - start, other=0.0)
+            values = load_columns(x_at + start, column[None, :], k - start, WHOLE_K)
+            w = load_columns(w_at + start, column[:, None], k - start, WHOLE_K)
             sums = dot(values, w, sums)
         to = out + rows.to(tl.int64)[:, None] * n + at[None, :]
         inside = (rows < end)[:, None] & (at < n)[None, :]
-        tl.store(to, rounded(sums, out.dtype.element_ty), mask=inside)
+        tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

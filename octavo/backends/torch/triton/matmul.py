@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.triton.dot import dot, rounded
+from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
 from octavo.backends.torch.triton.parts import are_shared, cut, new_sums, sum_parts
 
@@ -37,13 +37,21 @@ def place(tokens, n, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.conste
 
 
 @triton.jit
+def load_columns(place, column, left, WHOLE_K: tl.constexpr):
+    """What lies at `place`, of columns of which `left` are left; zeros after them."""
+    if WHOLE_K:
+        return tl.load(place)
+    return tl.load(place, mask=column < left, other=0.0)
+
+
+@triton.jit
 def put(out, total, bias, rows, at, tokens, n, HAS_BIAS: tl.constexpr):
     """Store a piece [rows, outputs], with the bias."""
     inside = (rows < tokens)[:, None] & (at < n)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
     to = out + rows.to(tl.int64)[:, None] * n + at[None, :]
-    tl.store(to, rounded(total, out.dtype.element_ty), mask=inside)
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_steps"])
@@ -77,18 +85,11 @@ def matmul_kernel(
         stop = tl.minimum((part + 1) * part_steps, tl.cdiv(k, STEP))
         for step in range(part * part_steps, stop):
             start = step * STEP
-            if WHOLE_K:
-                w = tl.load(w_at + start)
-                values = tl.load(near_at + start)
-            else:
-                w = tl.load(w_at + start, mask=column[:, None] < k - start, other=0.0)
-                values = tl.load(near_at + start, mask=column[None, :] < k - start, other=0.0)
+            w = load_columns(w_at + start, column[:, None], k - start, WHOLE_K)
+            values = load_columns(near_at + start, column[None, :], k - start, WHOLE_K)
             sums = dot(values, w, sums)
             if PIECES == 2:
-                if WHOLE_K:
-                    others = tl.load(far_at + start)
-                else:
-                    others = tl.load(far_at + start, mask=column[None, :] < k - start, other=0.0)
+                others = load_columns(far_at + start, column[None, :], k - start, WHOLE_K)
                 far_sums = dot(others, w, far_sums)
         total += sums
         if PIECES == 2:
@@ -109,8 +110,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     is_shared = are_shared(parts, num_tiles)
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     sums = new_sums(parts, tokens, n, x.device) if is_shared else out
-    matmul_kernel[(num_tiles, parts.count if is_shared else 1)](
-        x, weight, bias, sums, tokens, n, k, parts.count, parts.steps, x.stride(0),
+    matmul_kernel[(num_tiles, parts.num if is_shared else 1)](
+        x, weight, bias, sums, tokens, n, k, parts.num, parts.steps, x.stride(0),
         weight.stride(0), HAS_BIAS=bias is not None and not is_shared, IS_SHARED=is_shared,
         PIECES=pieces, WHOLE_K=k % step == 0, PIECE=PIECE, TILE_N=TILE_N, STEP=step, BAND=_BAND,
         num_warps=8, num_stages=2 if torch.version.hip else 4, **FP_FUSION,

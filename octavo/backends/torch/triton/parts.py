@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.triton.dot import rounded
 from octavo.backends.torch.triton.launch import FP_FUSION
 
 _PROGRAMS = 256
@@ -25,9 +24,9 @@ _BLOCK = 1024
 
 
 class Parts(NamedTuple):
-    """How columns are cut: `count` parts of `steps` steps each, the last one perhaps shorter."""
+    """How columns are cut: `num` parts of `steps` steps each, the last one perhaps shorter."""
 
-    count: int
+    num: int
     steps: int
 
 
@@ -40,7 +39,7 @@ def cut(n_tiles: int, num_steps: int, least_steps: int) -> Parts:
 
 def are_shared(parts: Parts, num_tiles: int) -> bool:
     """Whether programs share a tile: when tiles alone would leave half a device idle."""
-    return parts.count > 1 and num_tiles < _PROGRAMS // 2
+    return parts.num > 1 and num_tiles < _PROGRAMS // 2
 
 
 @triton.jit
@@ -72,7 +71,7 @@ def sum_parts_kernel(
     if HAS_BIAS:
         addend = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
     value = finish(total, row_scale, scale, addend)
-    tl.store(out + row * n + at, rounded(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + row * n + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 def sum_parts(
@@ -82,7 +81,7 @@ def sum_parts(
     scales: Tensor | None = None,
     row_scales: Tensor | None = None,
 ) -> None:
-    """out = (the sum over parts, in order) * row_scales * scales + bias.
+    """Make out = (the sum over parts, in order) * row_scales * scales + bias.
 
     Args:
         sums: float32 [parts, T, N].
@@ -103,4 +102,4 @@ def sum_parts(
 
 def new_sums(parts: Parts, tokens: int, n: int, device: torch.device) -> Tensor:
     """Room for what sum_parts adds."""
-    return torch.empty((parts.count, tokens, n), dtype=torch.float32, device=device)
+    return torch.empty((parts.num, tokens, n), dtype=torch.float32, device=device)

@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.backends.torch.kernels import Quantized, QuantizedWeight
-from octavo.backends.torch.triton.dot import rounded
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import PIECE, TILE_N, place
+from octavo.backends.torch.triton.matmul import PIECE, TILE_N, load_columns, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
 from octavo.backends.torch.weights import BLOCK, has_block_scales
 
@@ -29,12 +28,16 @@ _SCALED_MM_CAPABILITY = (8, 9)
 
 
 @triton.jit
-def scaled(step_sums, x_scales, w_scale, sums, step, steps, rows, IS_BLOCKED: tl.constexpr):
+def add_step(
+    sums, values, w, x_scales, w_scales, step, steps, rows, IS_BLOCKED: tl.constexpr
+):  # fmt: skip
     """Sums and those of one step of 128 columns."""
+    if values.dtype == tl.int8:
+        return tl.dot(values, w, sums, out_dtype=tl.int32)
     if IS_BLOCKED:
-        x_scale = tl.load(x_scales + rows * steps + step)
-        return tl.fma(step_sums, (x_scale * w_scale)[:, None], sums)
-    return sums + step_sums
+        scale = tl.load(x_scales + rows * steps + step) * tl.load(w_scales + step)
+        return tl.fma(tl.dot(values, w), scale[:, None], sums)
+    return sums + tl.dot(values, w)
 
 
 @triton.jit
@@ -57,7 +60,7 @@ def put(
         if HAS_BIAS:
             addend = tl.load(bias + at, mask=at < n, other=0.0).to(tl.float32)
         value = finish(total, x_scale[:, None], w_scale[None, :], addend[None, :])
-        tl.store(to, rounded(value, out.dtype.element_ty), mask=inside)
+        tl.store(to, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_steps"])
@@ -69,8 +72,7 @@ def quantized_kernel(
     STEP: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """See quantized_linear; one program a tile, or a part of one (IS_SHARED)."""
-    is_int: tl.constexpr = x.dtype.element_ty == tl.int8
-    kind: tl.constexpr = tl.int32 if is_int else tl.float32
+    kind: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     steps = tl.cdiv(k, STEP)
     first_row, first_out = place(tokens, n, PIECE * PIECES, TILE_N, BAND)
     rows = first_row + tl.arange(0, PIECE)
@@ -96,32 +98,14 @@ def quantized_kernel(
         far_sums = tl.zeros([PIECE, TILE_N], kind)
         for step in range(part * part_steps, tl.minimum((part + 1) * part_steps, steps)):
             start = step * STEP
-            if WHOLE_K:
-                w = tl.load(w_at + start)
-                values = tl.load(near_at + start)
-            else:
-                w = tl.load(w_at + start, mask=column[:, None] < k - start, other=0.0)
-                values = tl.load(near_at + start, mask=column[None, :] < k - start, other=0.0)
+            w = load_columns(w_at + start, column[:, None], k - start, WHOLE_K)
+            values = load_columns(near_at + start, column[None, :], k - start, WHOLE_K)
+            sums = add_step(sums, values, w, x_scales, w_scale_at, step, steps, near, IS_BLOCKED)
             if PIECES == 2:
-                if WHOLE_K:
-                    others = tl.load(far_at + start)
-                else:
-                    others = tl.load(far_at + start, mask=column[None, :] < k - start, other=0.0)
-            if is_int:
-                sums = tl.dot(values, w, sums, out_dtype=tl.int32)
-                if PIECES == 2:
-                    far_sums = tl.dot(others, w, far_sums, out_dtype=tl.int32)
-            else:
-                w_scale = 1.0
-                if IS_BLOCKED:
-                    w_scale = tl.load(w_scale_at + step)
-                step_sums = tl.dot(values, w)
-                sums = scaled(step_sums, x_scales, w_scale, sums, step, steps, near, IS_BLOCKED)
-                if PIECES == 2:
-                    step_sums = tl.dot(others, w)
-                    far_sums = scaled(
-                        step_sums, x_scales, w_scale, far_sums, step, steps, far, IS_BLOCKED
-                    )
+                values = load_columns(far_at + start, column[None, :], k - start, WHOLE_K)
+                far_sums = add_step(
+                    far_sums, values, w, x_scales, w_scale_at, step, steps, far, IS_BLOCKED
+                )
         total += sums.to(tl.float32)
         if PIECES == 2:
             far_total += far_sums.to(tl.float32)
@@ -156,8 +140,8 @@ def quantized_linear(
     is_shared = are_shared(parts, num_tiles)
     out = torch.empty((tokens, n), dtype=dtype, device=x.codes.device)
     sums = new_sums(parts, tokens, n, x.codes.device) if is_shared else out
-    quantized_kernel[(num_tiles, parts.count if is_shared else 1)](
-        x.codes, x.scales, weight.codes, weight.scales, bias, sums, tokens, n, k, parts.count,
+    quantized_kernel[(num_tiles, parts.num if is_shared else 1)](
+        x.codes, x.scales, weight.codes, weight.scales, bias, sums, tokens, n, k, parts.num,
         parts.steps, x.codes.stride(0), weight.codes.stride(0),
         int(x.scales.numel() > 1), int(weight.scales.numel() > 1),
         IS_BLOCKED=is_blocked, HAS_BIAS=bias is not None, IS_SHARED=is_shared, PIECES=pieces,
