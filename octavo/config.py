@@ -42,6 +42,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         kv_dtype: how K and V are kept: "fp16", or "int8" in a good half of the memory; "fp8"
             likewise, on GPUs that have it.
         use_prefix_cache: serve known prefixes from the cache.
+        kv_host_bytes: the most host memory that KV blocks which leave a GPU's pool may take.
         kv_disk: a folder of its own for KV blocks that leave the pool; None drops them.
         kv_disk_bytes: the most that they may take there.
         policy: order of the waiting queue.
@@ -65,6 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_dtype: KVDtype = "fp16"
     use_prefix_cache: bool = True
+    kv_host_bytes: int = 0
     kv_disk: str | None = None
     kv_disk_bytes: int = 10 << 30
     policy: Literal["fcfs", "priority", "fair"] = "fcfs"
@@ -85,6 +87,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 ("--max-num-seqs", self.max_num_seqs, 1),
                 ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
                 ("--max-num-waiting", self.max_num_waiting, 1),
+                ("--kv-host", self.kv_host_bytes, 0),
                 ("--kv-disk-size", self.kv_disk_bytes, 1),
             )
             if value < least
@@ -105,6 +108,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             faults.append("--memory must be given where the KV cache lies in the host's memory")
         if self.kv_disk is not None and not self.use_prefix_cache:
             faults.append("--kv-disk keeps prefixes: leave out --no-prefix-cache, or --kv-disk")
+        if self.kv_host_bytes > 0:
+            if not self.use_prefix_cache:
+                faults.append("--kv-host keeps prefixes: leave out --no-prefix-cache, or --kv-host")
+            if self.backend != "torch":
+                faults.append(
+                    f"--kv-host is for GPUs: the KV cache of the {self.backend} backend lies in "
+                    "the host's memory already; give it more with --memory"
+                )
         if faults:
             raise ConfigError("; ".join(faults))
         return self

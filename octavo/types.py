@@ -211,7 +211,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TierStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The tier below the KV pool, a snapshot; zeros where there is none."""
+    """A tier below the KV pool, a snapshot; zeros where there is none."""
 
     num_bytes: int = 0
     num_blocks: int = 0
@@ -222,6 +222,13 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks that were not kept because too many waited to be written."""
     num_corrupt: int = 0
     """Blocks whose bytes were no longer those that were written."""
+
+
+class LowerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The tiers below the KV pool."""
+
+    host: TierStats = TierStats()
+    disk: TierStats = TierStats()
 
 
 class BlockUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,7 +261,7 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens that the prefix cache looked up."""
     num_hits: int = 0
     """Prompt tokens that the prefix cache served, also from below the pool."""
-    lower: TierStats = TierStats()
+    lower: LowerStats = LowerStats()
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

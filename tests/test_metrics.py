@@ -7,7 +7,7 @@ import re
 import pytest
 
 from octavo.metrics import METRICS, Metrics
-from octavo.types import BlockUse, CacheStats, Capacity, EngineStats, KVPool, TierStats
+from octavo.types import BlockUse, CacheStats, Capacity, EngineStats, KVPool, LowerStats, TierStats
 
 NAMES = {
     "octavo_build_info": "",
@@ -29,6 +29,11 @@ NAMES = {
     "octavo_kv_cache_blocks_used": "",
     "octavo_kv_cache_bytes": "",
     "octavo_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
+    "octavo_kv_host_blocks": "",
+    "octavo_kv_host_bytes": "",
+    "octavo_kv_host_drops_total": "",
+    "octavo_kv_host_hits_total": "",
+    "octavo_kv_host_writes_total": "",
     "octavo_kv_disk_blocks": "",
     "octavo_kv_disk_bytes": "",
     "octavo_kv_disk_corrupt_total": "",
@@ -117,8 +122,13 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
             num_blocks_pinned=3,
             num_queries=90,
             num_hits=32,
-            lower=TierStats(
-                num_bytes=9, num_blocks=4, num_hits=3, num_writes=5, num_drops=1, num_corrupt=6
+            lower=LowerStats(
+                host=TierStats(
+                    num_bytes=19, num_blocks=14, num_hits=13, num_writes=15, num_drops=11
+                ),
+                disk=TierStats(
+                    num_bytes=9, num_blocks=4, num_hits=3, num_writes=5, num_drops=1, num_corrupt=6
+                ),
             ),
         ),
         num_preemptions=7,
@@ -149,6 +159,11 @@ def test_values_of_the_engine(capacity: Capacity) -> None:
         "vllm:generation_tokens_total": 50,
         "octavo_prefix_cache_queries_total": 90,
         "octavo_prefix_cache_hits_total": 32,
+        "octavo_kv_host_bytes": 19,
+        "octavo_kv_host_blocks": 14,
+        "octavo_kv_host_hits_total": 13,
+        "octavo_kv_host_writes_total": 15,
+        "octavo_kv_host_drops_total": 11,
         "octavo_kv_disk_bytes": 9,
         "octavo_kv_disk_blocks": 4,
         "octavo_kv_disk_hits_total": 3,

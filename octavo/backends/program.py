@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -83,6 +83,50 @@ class Done:
         return self.output
 
 
+Bytes = NDArray[np.uint8]
+
+
+class PendingBlocks(Protocol):
+    """The content of blocks on its way to the host's memory."""
+
+    def is_done(self) -> bool:
+        """Whether it is there; does not wait."""
+        ...
+
+    def result(self) -> Sequence[Bytes]:
+        """Wait for it: block_bytes each, where they were to be put."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DoneBlocks:
+    """Blocks that were read at once."""
+
+    rows: Sequence[Bytes]
+
+    def is_done(self) -> bool:
+        """They are there."""
+        return True
+
+    def result(self) -> Sequence[Bytes]:
+        """What was read."""
+        return self.rows
+
+
+def done_blocks(data: Bytes, out: Sequence[Bytes] | None) -> DoneBlocks:
+    """Blocks [B, block_bytes] that were read, in `out` if it is given."""
+    if out is None:
+        return DoneBlocks(list(data))
+    for row, place in zip(data, out, strict=True):
+        place[:] = row
+    return DoneBlocks(out)
+
+
+def no_seconds() -> float:
+    """What a device still takes where there is none."""
+    return 0.0
+
+
 class Program(Protocol):
     """A compiled graph with its weights and its KV cache.
 
@@ -130,12 +174,35 @@ class Program(Protocol):
         """
         ...
 
-    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
-        """The content of whole KV blocks, [B, block_bytes], in a layout of this backend's own."""
+    def read_blocks(self, ids: Int32, out: Sequence[Bytes] | None = None) -> PendingBlocks:
+        """Begin to read whole KV blocks, as they are before anything else that is asked for later.
+
+        Args:
+            ids: of the blocks, [B].
+            out: where each is to be put, block_bytes in a layout of this backend's own: rows of
+                `host_memory`, which nobody else uses until they are there. None takes new memory.
+        """
         ...
 
-    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
-        """Give blocks the content that a Program compiled alike has read."""
+    def write_blocks(self, ids: Int32, data: Sequence[Bytes]) -> Callable[[], float]:
+        """Give blocks the content that a Program compiled alike has read.
+
+        Args:
+            ids: of the blocks, [B].
+            data: block_bytes each. What lies in `host_memory` may still be copied from until
+                something that was begun later has returned; `read_blocks` may overwrite it.
+
+        Returns:
+            A function that tells how many seconds a device took for it after the call; it waits.
+        """
+        ...
+
+    def host_memory(self, num_bytes: int) -> Bytes:
+        """New memory of the host that the device reads and writes while the host does other things.
+
+        Raises:
+            MemoryError: there is no more.
+        """
         ...
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:

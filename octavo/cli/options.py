@@ -96,6 +96,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-cache", action="store_true", help="compute every prompt from its beginning"
     )
     group.add_argument(
+        "--kv-host", type=number, metavar="BYTES", default=fields["kv_host_bytes"],
+        help="host memory for KV blocks that leave a GPU's, such as 32GiB (default: drop them)",
+    )  # fmt: skip
+    group.add_argument(
         "--kv-disk", metavar="DIR",
         help="a folder for KV blocks that leave the memory (default: drop them)",
     )  # fmt: skip
@@ -157,6 +161,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         block_size=options.block_size,
         kv_dtype=options.kv_dtype,
         use_prefix_cache=not options.no_prefix_cache,
+        kv_host_bytes=options.kv_host,
         kv_disk=options.kv_disk,
         kv_disk_bytes=options.kv_disk_size,
         policy=options.policy,

@@ -58,6 +58,7 @@ class LLMOptions(TypedDict, total=False):
     block_size: int
     kv_dtype: KVDtype
     prefix_cache: bool
+    kv_host: str | int
     kv_disk: str | None
     kv_disk_size: str | int
     backend: Literal["auto", "cpu", "torch", "reference"]
@@ -348,8 +349,8 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
         )
     memory = options.get("memory")
     threads = options.get("threads")
-    disk_size = options.get("kv_disk_size", "10GiB")
-    renamed = {"memory", "threads", "prefix_cache", "kv_disk_size"}
+    host_size, disk_size = options.get("kv_host", 0), options.get("kv_disk_size", "10GiB")
+    renamed = {"memory", "threads", "prefix_cache", "kv_host", "kv_disk_size"}
     others = {name: value for name, value in options.items() if name not in renamed}
     backend = choose_backend(options.get("backend", "auto"))
     if memory is None and is_on_gpu(backend, options.get("device", "cuda")):
@@ -364,6 +365,7 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
         "num_threads": available_cpus() if threads is None else threads,
         "max_num_waiting": sys.maxsize,
         "use_prefix_cache": options.get("prefix_cache", True),
+        "kv_host_bytes": parse_size(host_size) if isinstance(host_size, str) else host_size,
         "kv_disk_bytes": parse_size(disk_size) if isinstance(disk_size, str) else disk_size,
         **others,
         "backend": backend,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from octavo.kv_cache.manager import BlockTable, KVCacheManager
-from octavo.types import BlockMove, TierStats
+from octavo.types import BlockMove, LowerStats
 
 
 class LowerTier(Protocol):
@@ -32,7 +32,7 @@ class LowerTier(Protocol):
         """Forget all blocks."""
         ...
 
-    def stats(self) -> TierStats:
+    def stats(self) -> LowerStats:
         """A snapshot."""
         ...
 
@@ -99,6 +99,6 @@ class TierMoves:
             self._lower.clear()
         return self._cache.reset_prefix_cache()
 
-    def stats(self) -> TierStats:
+    def stats(self) -> LowerStats:
         """A snapshot of the tier; zeros without one."""
-        return TierStats() if self._lower is None else self._lower.stats()
+        return LowerStats() if self._lower is None else self._lower.stats()

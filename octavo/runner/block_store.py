@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -90,23 +90,24 @@ class DiskBlockStore:
         with self._changed:
             return prefix_hash in self._index or prefix_hash in self._queue
 
-    def missing(self, hashes: Sequence[bytes]) -> list[int]:
+    def reserve(self, hashes: Sequence[bytes], keep: Container[bytes] = ()) -> dict[bytes, None]:
         """Which of these blocks should be handed to `put`: not known yet, and there is room.
 
-        Those that are known count as used just now, and those without room as dropped.
+        Those that are known count as used just now, and those without room as dropped. Of what
+        `get` has returned there is nothing to `keep`, for it is a copy.
         """
         with self._changed:
             if not self._is_on:
-                return []
+                return {}
             found = []
-            for i, prefix_hash in enumerate(hashes):
+            for prefix_hash in dict.fromkeys(hashes):
                 if prefix_hash in self._index:
                     self._use(self._index[prefix_hash][0])
                 elif prefix_hash not in self._queue:
-                    found.append(i)
+                    found.append(prefix_hash)
             room = self._max_queued - len(self._queue)
             self._num_drops += max(0, len(found) - room)
-            return found[:room]
+            return dict.fromkeys(found[:room])
 
     def put(self, prefix_hash: bytes, data: Buffer) -> None:
         """Keep a block, which the caller does not change any more; it is written later on.
@@ -142,8 +143,11 @@ class DiskBlockStore:
                 self._use(segment, is_read=True)
             return found
 
-    def discard(self, hashes: Sequence[bytes]) -> None:
-        """Forget blocks for ever: something is wrong with them."""
+    def discard(self, hashes: Sequence[bytes] | None) -> None:
+        """Forget blocks for ever: something is wrong with them. None: all, of other keys too."""
+        if hashes is None:
+            self._clear()
+            return
         with self._clearing, self._changed:
             for prefix_hash in hashes:
                 self._queue.pop(prefix_hash, None)
@@ -151,8 +155,7 @@ class DiskBlockStore:
                 if place is not None:
                     self._erase(*place)
 
-    def clear(self) -> None:
-        """Forget all blocks, those of other keys too."""
+    def _clear(self) -> None:
         with self._clearing, self._changed:
             self._queue.clear()
             try:

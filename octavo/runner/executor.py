@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, available_memory
+from octavo.errors import ConfigError
 from octavo.runner.block_store import DiskBlockStore
-from octavo.runner.disk_tier import DiskTier
-from octavo.runner.loading import PhaseProgress, load
+from octavo.runner.loading import LoadedModel, PhaseProgress, load
+from octavo.runner.memory_store import MemoryBlockStore
 from octavo.runner.runner import PendingStep, Runner
+from octavo.runner.store_tier import StoreTier
 from octavo.types import Capacity, KVPool, SchedulerOutput
 
 
@@ -40,7 +42,8 @@ class InProcessExecutor:
         self._progress = progress
         self._runner: Runner | None = None
         self.depth = 1
-        self.tier: DiskTier | None = None
+        self.tier: StoreTier | None = None
+        self._disk: DiskBlockStore | None = None
         self._close = _nothing
 
     def start(self) -> Capacity:
@@ -55,12 +58,7 @@ class InProcessExecutor:
         program = loaded.program
         self._close = program.close
         self.depth = program.depth
-        if config.kv_disk is not None:
-            store = DiskBlockStore(
-                Path(config.kv_disk), loaded.cache_identity.encode(), program.block_bytes(),
-                config.kv_disk_bytes,
-            )  # fmt: skip
-            self.tier = DiskTier(program, store, config.block_size, config.max_num_batched_tokens)
+        self.tier = self._open_tier(loaded)
         self._runner = Runner(
             program,
             num_rows=config.max_num_seqs,
@@ -85,6 +83,29 @@ class InProcessExecutor:
             backend=program.description,
         )
 
+    def _open_tier(self, loaded: LoadedModel) -> StoreTier | None:
+        """What lies below the pool, if anything shall."""
+        config, program = self._config, loaded.program
+        if config.kv_host_bytes > (free_bytes := available_memory()):
+            raise ConfigError(
+                f"--kv-host of {config.kv_host_bytes:,} bytes is more than the {free_bytes:,} that "
+                "are free in the host's memory: lower it"
+            )
+        block_bytes = program.block_bytes()
+        if config.kv_disk is not None:
+            self._disk = DiskBlockStore(
+                Path(config.kv_disk), loaded.cache_identity.encode(), block_bytes,
+                config.kv_disk_bytes,
+            )  # fmt: skip
+        host = None
+        if config.kv_host_bytes > 0:
+            allocate = program.host_memory
+            host = MemoryBlockStore(block_bytes, config.kv_host_bytes, allocate, self._disk)
+        if host is None and self._disk is None:
+            return None
+        size, most = config.block_size, config.max_num_batched_tokens
+        return StoreTier(program, host, self._disk, size, most)
+
     def submit(self, plan: SchedulerOutput) -> PendingStep:
         """Begin a step; raises what fails of it, or its result does."""
         assert self._runner is not None, "start() comes first"
@@ -94,10 +115,15 @@ class InProcessExecutor:
         """Free the model; idempotent."""
         self._runner = None
         tier, self.tier = self.tier, None
-        if tier is not None:
-            tier.close()
+        disk, self._disk = self._disk, None
         close, self._close = self._close, _nothing
-        close()
+        try:
+            if tier is not None:
+                tier.close()
+        finally:
+            if disk is not None:
+                disk.close()
+            close()
 
 
 def _nothing() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from octavo.backends.program import PendingOutput, Program
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.runner.batch import RowTable, SampledRows
-from octavo.runner.disk_tier import DiskTier
 from octavo.runner.sampler import SamplerTable
+from octavo.runner.store_tier import StoreTier
 from octavo.types import ModelOutput, SampledTokens, SchedulerOutput, TokenLogprob
 
 
@@ -40,7 +40,7 @@ class Runner:
         max_model_len: int,
         block_size: int,
         eos_token_ids: Iterable[int],
-        tier: DiskTier | None = None,
+        tier: StoreTier | None = None,
     ) -> None:
         """Serve `program`, whose cache is allocated, with `tier` below it."""
         self._program = program

@@ -12,7 +12,7 @@ from octavo import LLM
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
-from octavo.runner.disk_tier import DiskTier
+from octavo.runner.store_tier import Level
 from octavo.types import EngineRequest, EngineStats, SamplingParams, TokenLogprob
 
 Answer = tuple[tuple[int, ...], tuple[TokenLogprob, ...]]
@@ -23,7 +23,7 @@ TOKEN_BYTES = {"fp16": 2 * 2 * 2 * 16 * 2, "int8": 2 * 2 * 2 * 20}  # of the tin
 @pytest.fixture(autouse=True)
 def always_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """This model is so small that reading might not pay."""
-    monkeypatch.setattr(DiskTier, "_pays", lambda self: True)
+    monkeypatch.setattr(Level, "pays", lambda self, computing_s: True)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def test_the_same_bytes(
     disk = {"kv_disk": str(tmp_path / "kv"), "kv_disk_bytes": 8 << 20, **options}
     (first, second), stats = run(tiny_model_path, requests, 24, 2, **disk)
     assert first == second == expected
-    assert stats.cache.lower.num_hits > 5
+    assert stats.cache.lower.disk.num_hits > 5
     assert stats.num_preemptions > 0
     (third,), stats = run(tiny_model_path, requests, 24, **disk)
     assert third == expected
-    assert stats.cache.lower.num_hits > 5
-    assert stats.cache.lower.num_corrupt == stats.cache.lower.num_drops == 0
+    assert stats.cache.lower.disk.num_hits > 5
+    assert stats.cache.lower.disk.num_corrupt == stats.cache.lower.disk.num_drops == 0
 
 
 def test_damaged_files_change_nothing(
@@ -122,7 +122,7 @@ def test_damaged_files_change_nothing(
         path.write_bytes(raw)
     [answers], stats = run(tiny_model_path, requests, 24, **disk)
     assert answers == expected
-    assert stats.cache.lower.num_corrupt > 0
+    assert stats.cache.lower.disk.num_corrupt > 0
 
 
 def test_a_prompt_that_was_seen_before_the_restart(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_another_form_of_blocks_is_not_read(
     disk = {"kv_disk": str(tmp_path), "kv_disk_bytes": 8 << 20}
     run(tiny_model_path, requests, 24, **disk)
     core = start(tiny_model_path, 24, kv_dtype="int8", **disk)
-    assert core.stats().cache.lower.num_blocks == 0
+    assert core.stats().cache.lower.disk.num_blocks == 0
     core.close()
 
 

@@ -53,7 +53,8 @@ class GuardedProgram:
             assert np.array_equal(after[destination], before[source])
 
     def _pool(self) -> np.ndarray:
-        return np.array(self._program.read_blocks(np.arange(NUM_BLOCKS, dtype=np.int32)))
+        every = np.arange(NUM_BLOCKS, dtype=np.int32)
+        return np.stack(self._program.read_blocks(every).result())
 
     def _check(self, before: np.ndarray, written: set[int]) -> None:
         changed = np.flatnonzero((self._pool() != before).any(axis=1)).tolist()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from octavo.kv_cache.manager import BlockTable, KVCacheManager
 from octavo.kv_cache.tiers import TierMoves
-from octavo.types import TierStats
+from octavo.types import LowerStats, TierStats
 
 
 class Lower:
@@ -30,8 +30,8 @@ class Lower:
     def clear(self) -> None:
         self.known.clear()
 
-    def stats(self) -> TierStats:
-        return TierStats(num_blocks=len(self.known))
+    def stats(self) -> LowerStats:
+        return LowerStats(disk=TierStats(num_blocks=len(self.known)))
 
 
 def tokens(count: int, first: int = 0) -> array[int]:
@@ -107,7 +107,7 @@ def test_without_a_tier_nothing_is_noted() -> None:
     table = compute(manager, tokens(8, 50))
     assert moves.take() == ((), ())
     assert moves.load(table, tokens(12), 3) == 3
-    assert moves.stats() == TierStats()
+    assert moves.stats() == LowerStats()
     moves.discard(table)
     moves.clear()
 
@@ -174,5 +174,5 @@ def test_discard_and_clear_reach_both() -> None:
     compute(manager, tokens(8, 50))
     lower.known = {b"x"}
     moves.clear()
-    assert moves.stats().num_blocks == 0
+    assert moves.stats().disk.num_blocks == 0
     assert moves.take() == ((), ())

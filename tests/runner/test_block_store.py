@@ -31,6 +31,10 @@ def name(number: int) -> bytes:
     return sha256(b"%d" % number).digest()
 
 
+def names(count: int) -> list[bytes]:
+    return [name(n) for n in range(count)]
+
+
 def block(number: int) -> bytes:
     return random.Random(number).randbytes(BLOCK_BYTES)
 
@@ -148,12 +152,12 @@ def test_too_many_waiting_blocks_are_dropped_and_counted(
     put(store, 0)
     with store._clearing:
         # The writer may have taken none of them yet, for it waits.
-        assert store.missing([name(n) for n in range(7)]) == [1, 2, 3, 4]
+        assert [*store.reserve(names(7))] == names(5)[1:]
         assert store.stats().num_drops == 2
         for number in range(1, 6):
             store.put(name(number), block(number))
         assert store.stats().num_drops == 3
-        assert store.missing([name(n) for n in range(6)]) == []
+        assert not store.reserve(names(6))
     settle(store)
     assert known(store, range(9)) == {0, 1, 2, 3, 4}
 
@@ -181,7 +185,7 @@ def test_a_segment_that_was_used_outlives_older_ones(make: Make, how: str) -> No
     if how == "read":
         check(store, 0)
     else:
-        assert store.missing([name(1)]) == []
+        assert not store.reserve([name(1)])
     number = 2 * num_slots
     while store.contains(name(num_slots)):
         put(store, number)
@@ -386,7 +390,7 @@ def test_clear_forgets_all(make: Make) -> None:
     store = make()
     put(store, *range(30))
     store.put(name(50), block(50))
-    store.clear()
+    store.discard(None)
     assert known(store, range(60)) == set()
     assert segments(store) == []
     put(store, 3)
@@ -422,7 +426,7 @@ def test_a_full_disk_turns_the_store_off(
     assert len(caplog.records) == 1, "reported once"
     assert "No space left" in caplog.text
     store.put(name(1), block(1))
-    assert store.missing([name(1)]) == []
+    assert not store.reserve([name(1)])
     assert store.get([name(0), name(1)]) == [None, None]
     assert not store.contains(name(0))
     store.discard([name(0)])
@@ -442,7 +446,7 @@ def test_what_is_turned_off_can_still_be_cleared(
     put(store, *range(5))
     with store._changed:
         store._turn_off(OSError(errno.EIO, "broken"))
-    store.clear()
+    store.discard(None)
     assert segments(store) == []
     assert store.stats().num_bytes == 0
 

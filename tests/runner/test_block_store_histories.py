@@ -77,7 +77,7 @@ class StoreHistories(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.store.clear()
+        self.store.discard(None)
         self.alive.clear()
 
     @rule(which=st.integers(0, 99), where=st.integers(0, 99_999), change=st.integers(0, 255))

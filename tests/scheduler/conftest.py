@@ -19,6 +19,7 @@ from octavo.types import (
     Capacity,
     EngineRequest,
     KVPool,
+    LowerStats,
     ModelOutput,
     NewSequence,
     PrefixReport,
@@ -156,8 +157,8 @@ class FakeTier:
     def clear(self) -> None:
         self.blocks.clear()
 
-    def stats(self) -> TierStats:
-        return TierStats(num_blocks=len(self.blocks))
+    def stats(self) -> LowerStats:
+        return LowerStats(disk=TierStats(num_blocks=len(self.blocks)))
 
     def store(self, prefix_hash: bytes, content: Slots) -> None:
         assert self._meaning.setdefault(prefix_hash, content) == content, "a hash with two meanings"

@@ -5,11 +5,10 @@ Knows arrays and plans; the arithmetic is in csrc/.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.backends.cpu import _native
 from octavo.backends.cpu.plan import (
@@ -21,7 +20,14 @@ from octavo.backends.cpu.plan import (
     RowOp,
     quantized_places,
 )
-from octavo.backends.program import CompileOptions, Done
+from octavo.backends.program import (
+    Bytes,
+    CompileOptions,
+    Done,
+    DoneBlocks,
+    done_blocks,
+    no_seconds,
+)
 from octavo.errors import KernelError
 from octavo.graph import ops as op
 from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
@@ -99,7 +105,7 @@ class CpuProgram:
         except ValueError as error:
             raise KernelError(str(error)) from None
 
-    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
+    def read_blocks(self, ids: Int32, out: Sequence[Bytes] | None = None) -> DoneBlocks:
         """The content of whole blocks: K of the first layer, V, K of the second ..."""
         native = self._alive()
         data = np.empty((len(ids), self.block_bytes()), np.uint8)
@@ -107,14 +113,19 @@ class CpuProgram:
             native.read_blocks(ids, data)
         except ValueError as error:
             raise KernelError(str(error)) from None
-        return data
+        return done_blocks(data, out)
 
-    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+    def write_blocks(self, ids: Int32, data: Sequence[Bytes]) -> Callable[[], float]:
         """Give blocks a content that was read."""
         try:
-            self._alive().write_blocks(ids, data)
+            self._alive().write_blocks(ids, np.ascontiguousarray(data))
         except ValueError as error:
             raise KernelError(str(error)) from None
+        return no_seconds
+
+    def host_memory(self, num_bytes: int) -> Bytes:
+        """New memory."""
+        return np.empty(num_bytes, np.uint8)
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
         """Compute one step.

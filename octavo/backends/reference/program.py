@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.backends.key_scaling import key_factors
-from octavo.backends.program import CompileOptions, Done, Progress
+from octavo.backends.program import (
+    Bytes,
+    CompileOptions,
+    Done,
+    DoneBlocks,
+    Progress,
+    done_blocks,
+    no_seconds,
+)
 from octavo.backends.reference import operators
 from octavo.backends.reference.cache import PagedCache
 from octavo.backends.reference.sampling import empty_output, sample
@@ -155,16 +162,22 @@ class ReferenceProgram:
         """Copy whole blocks, one pair after another."""
         self._cache_of_blocks(pairs, (2,)).copy_blocks(pairs)
 
-    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
+    def read_blocks(self, ids: Int32, out: Sequence[Bytes] | None = None) -> DoneBlocks:
         """The content of whole blocks: every layer's array, then their scales."""
-        return self._cache_of_blocks(ids).read_blocks(ids)
+        return done_blocks(self._cache_of_blocks(ids).read_blocks(ids), out)
 
-    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+    def write_blocks(self, ids: Int32, data: Sequence[Bytes]) -> Callable[[], float]:
         """Give blocks a content that was read."""
         cache = self._cache_of_blocks(ids)
-        if data.dtype != np.uint8 or data.shape != (len(ids), self.block_bytes()):
+        together = np.asarray(data)
+        if together.dtype != np.uint8 or together.shape != (len(ids), self.block_bytes()):
             raise KernelError(f"data is not uint8 [{len(ids)}, {self.block_bytes()}]")
-        cache.write_blocks(ids, data)
+        cache.write_blocks(ids, together)
+        return no_seconds
+
+    def host_memory(self, num_bytes: int) -> Bytes:
+        """New memory."""
+        return np.empty(num_bytes, np.uint8)
 
     def _cache_of_blocks(self, ids: Int32, row: tuple[int, ...] = ()) -> PagedCache:
         """The one cache, once `ids` of shape [n, *row] are found to lie inside it."""

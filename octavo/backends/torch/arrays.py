@@ -139,6 +139,7 @@ def put_rows(staging: Staging, rows: SamplingRows) -> SampleArrays:
     )
 
 
-def put_pairs(pairs: Int32, device: torch.device) -> Tensor:
-    """Pairs of block ids on the device, int64."""
-    return torch.from_numpy(pairs.astype(np.int64)).to(device)
+def put_ids(ids: Int32, device: torch.device) -> Tensor:
+    """Ids of blocks, or pairs of them, on the device, int64; the host does not wait for it."""
+    values = torch.from_numpy(ids.astype(np.int64))
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

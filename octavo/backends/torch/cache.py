@@ -17,6 +17,8 @@ DTYPES: dict[CacheDtype, torch.dtype] = {
 }
 _CODES = (torch.int8, torch.float8_e4m3fn)
 _SCALE_BYTES = 4
+_WORD = torch.int64
+"""Blocks are moved in these: the bytes of a layer's block are a multiple of its 8 slots or more."""
 
 
 class KVCache:
@@ -87,3 +89,23 @@ class KVCache:
     def copy(self, pairs: Tensor) -> None:
         """Copy blocks, (source, destination) [P, 2]; all are read before any is written."""
         self.pool[:, pairs[:, 1]] = self.pool[:, pairs[:, 0]]
+
+    def gather(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """The content of blocks [B], layer after layer: uint8 [B, block_bytes]."""
+        if out is None:
+            shape = (len(ids), self.block_bytes)
+            out = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        words, rows = self._words(ids)
+        torch.index_select(words, 0, rows, out=out.view(_WORD).view(-1, words.shape[1]))
+        return out
+
+    def scatter(self, ids: Tensor, data: Tensor) -> None:
+        """Give blocks [B] a content as `gather` returns it."""
+        words, rows = self._words(ids)
+        words.index_copy_(0, rows, data.view(_WORD).view(-1, words.shape[1]))
+
+    def _words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The pool as rows of words, and which of them make up blocks, block after block."""
+        num_layers, num_blocks, _ = self.pool.shape
+        starts = torch.arange(num_layers, device=self._device) * num_blocks
+        return self.pool.view(_WORD).flatten(0, 1), (ids[:, None] + starts).flatten()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from octavo.backends.torch.transfers import DEVICE_BYTES
 from octavo.graph.batch import Bias, Filters, Noise, Penalties, SamplingRows
 
 GRAPH_BYTES = 256 << 20
@@ -25,7 +26,8 @@ def measure_spare_bytes(device: torch.device, run_largest: Callable[[], None]) -
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free) - int(peak) - GRAPH_BYTES - int(MARGIN * total))
+    others = GRAPH_BYTES + DEVICE_BYTES + int(MARGIN * total)
+    return max(0, int(free) - int(peak) - others)
 
 
 def sampling_rows(count: int) -> SamplingRows:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.backends.program import CompileOptions
-from octavo.backends.torch.arrays import Staging, put_pairs, put_rows, put_step
+from octavo.backends.program import Bytes, CompileOptions
+from octavo.backends.torch.arrays import Staging, put_ids, put_rows, put_step
 from octavo.backends.torch.cache import KVCache
 from octavo.backends.torch.device import describe
 from octavo.backends.torch.execute import GraphExecutor
 from octavo.backends.torch.graphs import DecodeGraphs, is_decode
 from octavo.backends.torch.kernels import Sampled
 from octavo.backends.torch.memory import measure_spare_bytes, sampling_rows
+from octavo.backends.torch.transfers import PendingRows, Transfers, host_memory
 from octavo.errors import KernelError
 from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
 from octavo.graph.trace import Graph
@@ -25,13 +25,18 @@ from octavo.graph.trace import Graph
 class Pending:
     """A step that the device computes; what it samples is on its way to the host."""
 
-    def __init__(self, sampled: Sampled | None) -> None:
-        """Send what is sampled on its way."""
+    def __init__(self, sampled: Sampled | None, device: torch.device) -> None:
+        """Send what is sampled on its way.
+
+        A step that samples nothing is waited for too: the host is never more steps ahead than its
+        staging memory is there for.
+        """
         self._event: torch.cuda.Event | None = None
-        if sampled is not None and sampled.tokens.device.type == "cuda":
-            sampled = Sampled(*(value.to("cpu", non_blocking=True) for value in sampled))
+        if device.type == "cuda":
+            if sampled is not None:
+                sampled = Sampled(*(value.to("cpu", non_blocking=True) for value in sampled))
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
         self._sampled = sampled
 
     def result(self) -> StepOutput:
@@ -60,6 +65,7 @@ class TorchProgram:
         self._executor: GraphExecutor | None = executor
         self._cache = cache
         self._device = device
+        self._transfers = None if cache is None else Transfers(cache, device)
         self._step_staging = Staging(device)
         self._rows_staging = Staging(device)
         self._last_tokens = torch.zeros(0, dtype=torch.int32, device=device)
@@ -129,23 +135,32 @@ class TorchProgram:
             origin[destination] = origin.get(source, source)
         if origin:
             merged = np.array([(s, d) for d, s in origin.items()], np.int32)
-            cache.copy(put_pairs(merged, self._device))
+            cache.copy(put_ids(merged, self._device))
 
-    def read_blocks(self, ids: Int32) -> NDArray[np.uint8]:
-        """The content of whole blocks, layer after layer."""
-        cache = self._cache_of_blocks(ids)
-        taken = cache.pool[:, torch.from_numpy(ids.astype(np.int64)).to(self._device)]
-        data: NDArray[np.uint8] = taken.transpose(0, 1).flatten(1).cpu().numpy()
-        return data
+    def read_blocks(self, ids: Int32, out: Sequence[Bytes] | None = None) -> PendingRows:
+        """Begin to read whole blocks, layer after layer."""
+        self._cache_of_blocks(ids)
+        if out is not None:
+            self._check_rows(ids, out)
+        assert self._transfers is not None
+        return self._transfers.read(ids, out)
 
-    def write_blocks(self, ids: Int32, data: NDArray[np.uint8]) -> None:
+    def write_blocks(self, ids: Int32, data: Sequence[Bytes]) -> Callable[[], float]:
         """Give blocks a content that was read."""
-        cache = self._cache_of_blocks(ids)
-        if data.dtype != np.uint8 or data.shape != (len(ids), self.block_bytes()):
+        self._cache_of_blocks(ids)
+        self._check_rows(ids, data)
+        assert self._transfers is not None
+        return self._transfers.write(ids, data)
+
+    def _check_rows(self, ids: Int32, rows: Sequence[Bytes]) -> None:
+        shape = (self.block_bytes(),)
+        fits = all(row.dtype == np.uint8 and row.shape == shape for row in rows)
+        if len(rows) != len(ids) or not fits:
             raise KernelError(f"data is not uint8 [{len(ids)}, {self.block_bytes()}]")
-        there = torch.from_numpy(np.ascontiguousarray(data)).to(self._device)
-        by_layer = there.unflatten(1, (len(cache.pool), -1)).transpose(0, 1)
-        cache.pool[:, torch.from_numpy(ids.astype(np.int64)).to(self._device)] = by_layer
+
+    def host_memory(self, num_bytes: int) -> Bytes:
+        """Memory that the device copies from and to by itself."""
+        return host_memory(num_bytes, self._device)
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
         """Compute one step.
@@ -164,7 +179,7 @@ class TorchProgram:
     def start(self, batch: Batch, rows: SamplingRows | None) -> Pending:
         """Begin one step; raises as `run` does."""
         _, sampled = self._begin(batch, rows, ())
-        return Pending(sampled)
+        return Pending(sampled, self._device)
 
     def _begin(
         self, batch: Batch, rows: SamplingRows | None, wants: tuple[str, ...]
@@ -199,6 +214,9 @@ class TorchProgram:
         """Free everything; the Program is unusable afterwards."""
         self._executor = None
         self._graphs = None
+        self._transfers = None
+        if self._device.type == "cuda":  # Copies may still be on their way to the host's memory.
+            torch.cuda.synchronize(self._device)
         if self._cache is not None:
             self._cache.release()
         if self._device.type == "cuda":

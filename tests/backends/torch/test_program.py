@@ -156,16 +156,16 @@ def test_rows_that_pad_a_step_change_nothing(
     for step in before:
         program.run(step, None)
     blocks = np.arange(8, dtype=np.int32)
-    start = program.read_blocks(blocks)
+    start = np.stack(program.read_blocks(blocks).result())
     expected = program.run(batch, None, ("logits",)).values["logits"]
-    after = program.read_blocks(blocks)
+    after = np.stack(program.read_blocks(blocks).result())
     program.write_blocks(blocks, start)
     padded = pad_decode(batch, 8)
     assert (len(padded.token_ids), padded.block_tables[0].shape) == (4, (4, 128))
     logits = run_padded(program, padded)
     assert logits[:3].tobytes() == expected.tobytes()
     assert np.isfinite(logits).all()
-    assert program.read_blocks(blocks).tobytes() == after.tobytes()
+    assert np.stack(program.read_blocks(blocks).result()).tobytes() == after.tobytes()
 
 
 def run_padded(program: TorchProgram, batch: Batch) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""DiskTier: what it moves, how long it reads, and when it lets the blocks be computed."""
+"""StoreTier: what it moves, how long it reads, and when it lets the blocks be computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +12,35 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from octavo.runner import disk_tier
+from octavo.backends.program import Bytes
+from octavo.runner import store_tier
 from octavo.runner.block_store import DiskBlockStore
-from octavo.runner.disk_tier import DiskTier
+from octavo.runner.memory_store import MemoryBlockStore
+from octavo.runner.store_tier import StoreTier
 
 BLOCK_BYTES, BLOCK_SIZE, BUDGET = 64, 16, 512
+
+
+class Reading:
+    """Blocks that are on their way until the test says that they are there."""
+
+    def __init__(self, data: Bytes, out: Sequence[Bytes] | None) -> None:
+        self._data = data
+        self._rows = list(np.zeros_like(data)) if out is None else out
+        self._is_there = False
+
+    def land(self) -> None:
+        self._is_there = True
+        for row, place in zip(self._data, self._rows, strict=True):
+            place[:] = row
+
+    def is_done(self) -> bool:
+        return self._is_there
+
+    def result(self) -> Sequence[Bytes]:
+        if not self._is_there:
+            self.land()
+        return self._rows
 
 
 class Pool:
@@ -28,15 +52,22 @@ class Pool:
             self.blocks.reshape(100, BLOCK_BYTES) ^ np.arange(100, dtype=np.uint8)[:, None]
         )
         self.reads: list[list[int]] = []
+        self.readings: list[Reading] = []
+        self.is_slow = False
+        self.device_s = 0.0
 
-    def read_blocks(self, ids: NDArray[np.int32]) -> NDArray[np.uint8]:
+    def read_blocks(self, ids: NDArray[np.int32], out: Sequence[Bytes] | None = None) -> Reading:
         self.reads.append(ids.tolist())
-        return self.blocks[ids]
+        reading = Reading(self.blocks[ids], out)
+        if not self.is_slow:
+            reading.land()
+        self.readings.append(reading)
+        return reading
 
-    def write_blocks(self, ids: NDArray[np.int32], data: NDArray[np.uint8]) -> None:
+    def write_blocks(self, ids: NDArray[np.int32], data: Sequence[Bytes]) -> Callable[[], float]:
         assert ids.dtype == np.int32
-        assert data.flags.c_contiguous
-        self.blocks[ids] = data
+        self.blocks[ids] = np.stack(data)
+        return lambda: self.device_s
 
 
 class SlowStore:
@@ -62,9 +93,24 @@ def world(tmp_path: Path) -> Iterator[SimpleNamespace]:
     """A tier over a pool of a hundred blocks and a store that takes the time it is told."""
     store = DiskBlockStore(tmp_path, b"key", BLOCK_BYTES, 1 << 20)
     slow, pool = SlowStore(store), Pool()
-    tier = DiskTier(pool, slow, BLOCK_SIZE, BUDGET, clock=lambda: slow.now)  # type: ignore[arg-type]
+    tier = StoreTier(pool, None, slow, BLOCK_SIZE, BUDGET, clock=lambda: slow.now)
     yield SimpleNamespace(tier=tier, store=slow, pool=pool)
     tier.close()
+    store.close()
+
+
+@pytest.fixture
+def hosted(tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A tier over host memory for ten blocks, and a disk of which reading is slow."""
+    disk = DiskBlockStore(tmp_path, b"key", BLOCK_BYTES, 1 << 20)
+    slow, pool = SlowStore(disk), Pool()
+    host = MemoryBlockStore(
+        BLOCK_BYTES, 10 * BLOCK_BYTES, lambda count: np.zeros(count, np.uint8), disk
+    )
+    tier = StoreTier(pool, host, slow, BLOCK_SIZE, BUDGET, clock=lambda: slow.now)
+    yield SimpleNamespace(tier=tier, host=host, store=slow, pool=pool)
+    tier.close()
+    disk.close()
 
 
 def name(number: int) -> bytes:
@@ -101,7 +147,7 @@ def test_blocks_go_down_and_come_back(world: SimpleNamespace) -> None:
     tier.load([(name(n), 50 + n) for n in range(20)])
     assert (pool.blocks[50:70] == before[10:30]).all()
     assert (pool.blocks[:10] == before[:10]).all()
-    assert tier.stats().num_hits == 20
+    assert tier.stats().disk.num_hits == 20
 
 
 def test_a_block_is_read_from_the_pool_once(world: SimpleNamespace) -> None:
@@ -128,7 +174,7 @@ def test_a_damaged_block_ends_what_is_fetched(world: SimpleNamespace, tmp_path: 
     raw[-7 * BLOCK_BYTES] ^= 1
     path.write_bytes(raw)
     assert world.tier.fetch(names(20)) == 13
-    assert world.tier.stats().num_corrupt == 1
+    assert world.tier.stats().disk.num_corrupt == 1
 
 
 def test_a_step_reads_for_no_longer_than_one_computes(world: SimpleNamespace) -> None:
@@ -168,11 +214,11 @@ def test_reading_that_is_slower_than_computing_is_left(world: SimpleNamespace) -
     world.store.block_s = 0.0001
     found = [
         world.tier.fetch(names(8))
-        for _ in range(3 * disk_tier.PROBE_INTERVAL)
+        for _ in range(3 * store_tier.PROBE_INTERVAL)
         if world.tier.load([]) is None
     ]
     assert found[-1] == 8
-    assert found.count(0) < 3 * disk_tier.PROBE_INTERVAL - 8
+    assert found.count(0) < 3 * store_tier.PROBE_INTERVAL - 8
 
 
 def test_small_steps_say_nothing_of_a_prompts_speed(world: SimpleNamespace) -> None:
@@ -193,3 +239,101 @@ def test_what_was_discarded_is_not_found(world: SimpleNamespace) -> None:
     world.tier.clear()
     world.tier.load([])
     assert world.tier.fetch(names(4)) == 0
+
+
+# ---- With host memory -----------------------------------------------------------------------
+
+
+def test_blocks_go_to_the_host_and_from_there_to_the_disk(hosted: SimpleNamespace) -> None:
+    tier, pool = hosted.tier, hosted.pool
+    before = pool.blocks.copy()
+    for n in range(25):
+        tier.save([(name(n), n)])
+    pool.blocks[:] = 0
+    assert [hosted.host.contains(name(n)) for n in range(25)] == [False] * 15 + [True] * 10
+    assert tier.fetch(names(25)) == 25
+    tier.load([(name(n), 50 + n) for n in range(25)])
+    assert (pool.blocks[50:75] == before[:25]).all()
+    stats = tier.stats()
+    assert (stats.host.num_blocks, stats.host.num_writes, stats.host.num_hits) == (10, 25, 10)
+    assert (stats.disk.num_blocks, stats.disk.num_hits) == (15, 15)
+
+
+def test_a_block_is_known_once_it_is_there(hosted: SimpleNamespace) -> None:
+    tier, pool = hosted.tier, hosted.pool
+    pool.is_slow = True
+    tier.save([(name(0), 0), (name(1), 1)])
+    assert tier.fetch(names(2)) == 0
+    tier.save([(name(1), 7), (name(2), 2)])
+    assert pool.reads == [[0, 1], [2]], "what is on its way is not read once more"
+    pool.readings[0].land()
+    compute(hosted, 0.001)
+    assert tier.fetch(names(3)) == 2
+    tier.load([])
+    pool.readings[1].land()
+    compute(hosted, 0.001)
+    assert tier.fetch(names(3)) == 3
+
+
+def test_closing_keeps_what_is_on_its_way(hosted: SimpleNamespace) -> None:
+    hosted.pool.is_slow = True
+    hosted.tier.save([(name(0), 0)])
+    hosted.tier.close()
+    assert hosted.host.contains(name(0))
+
+
+@pytest.mark.parametrize("is_all", [False, True])
+def test_what_is_discarded_on_its_way_never_arrives(hosted: SimpleNamespace, is_all: bool) -> None:
+    tier, pool = hosted.tier, hosted.pool
+    pool.is_slow = True
+    tier.save([(name(0), 0), (name(1), 1)])
+    if is_all:
+        tier.clear()
+    else:
+        tier.discard([name(1)])
+    pool.blocks[1] = 77
+    tier.save([(name(1), 1)])  # Another computation of the same tokens.
+    for reading in pool.readings:
+        reading.land()
+        compute(hosted, 0.001)
+    assert tier.fetch([name(1)]) == 1
+    tier.load([(name(1), 9)])
+    assert (pool.blocks[9] == 77).all()
+    assert hosted.host.contains(name(0)) != is_all
+
+
+def test_what_a_plan_loads_is_not_overwritten_by_what_it_saves(hosted: SimpleNamespace) -> None:
+    tier, pool = hosted.tier, hosted.pool
+    before = pool.blocks.copy()
+    tier.save([(name(n), n) for n in range(8)])
+    assert tier.fetch(names(8)) == 8
+    tier.save([(name(20 + n), 20 + n) for n in range(10)])  # There is room for two.
+    tier.load([(name(n), 50 + n) for n in range(8)])
+    assert (pool.blocks[50:58] == before[:8]).all()
+    assert tier.stats().host.num_drops == 8
+
+
+def test_a_slow_disk_costs_no_hits_in_memory(hosted: SimpleNamespace) -> None:
+    tier = hosted.tier
+    for n in range(20):
+        tier.save([(name(n), n)])
+    compute(hosted, 0.001)
+    hosted.store.block_s = 0.1
+    assert tier.fetch(names(8)) == 8
+    tier.load([])
+    assert tier.fetch(names(8)) == 0
+    assert tier.fetch(names(20)[10:]) == 10
+
+
+def test_the_devices_time_counts(hosted: SimpleNamespace) -> None:
+    """As time of loading, and not as time of computing."""
+    tier = hosted.tier
+    tier.save([(name(n), n) for n in range(8)])
+    hosted.pool.device_s = 8 * 0.017
+    assert tier.fetch(names(8)) == 8
+    tier.load([(name(n), n) for n in range(8)])
+    tier.begin(BUDGET)
+    hosted.store.now += 0.001 * BUDGET + hosted.pool.device_s
+    tier.end()
+    assert tier._compute.seconds == pytest.approx(0.001)
+    assert tier.fetch(names(8)) == 0, "sixteen tokens take 16 ms"
