@@ -54,6 +54,11 @@ class InProcessExecutor:
                 fault).
         """
         config = self._config
+        if config.kv_host_bytes > (free_bytes := available_memory()):
+            raise ConfigError(
+                f"--kv-host of {config.kv_host_bytes:,} bytes is more than the {free_bytes:,} that "
+                "are free in the host's memory: lower it"
+            )
         loaded = load(config, self._progress)
         program = loaded.program
         self._close = program.close
@@ -86,11 +91,6 @@ class InProcessExecutor:
     def _open_tier(self, loaded: LoadedModel) -> StoreTier | None:
         """What lies below the pool, if anything shall."""
         config, program = self._config, loaded.program
-        if config.kv_host_bytes > (free_bytes := available_memory()):
-            raise ConfigError(
-                f"--kv-host of {config.kv_host_bytes:,} bytes is more than the {free_bytes:,} that "
-                "are free in the host's memory: lower it"
-            )
         block_bytes = program.block_bytes()
         if config.kv_disk is not None:
             self._disk = DiskBlockStore(

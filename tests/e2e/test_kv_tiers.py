@@ -1,4 +1,4 @@
-"""Blocks that come back from the disk change no byte of any answer."""
+"""Blocks that come back from the disk or from host memory change no byte of any answer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from octavo import LLM
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.llm import engine_config
 from octavo.errors import ConfigError
 from octavo.runner.store_tier import Level
 from octavo.types import EngineRequest, EngineStats, SamplingParams, TokenLogprob
@@ -18,6 +19,7 @@ from octavo.types import EngineRequest, EngineStats, SamplingParams, TokenLogpro
 Answer = tuple[tuple[int, ...], tuple[TokenLogprob, ...]]
 BLOCK_SIZE = 8
 TOKEN_BYTES = {"fp16": 2 * 2 * 2 * 16 * 2, "int8": 2 * 2 * 2 * 20}  # of the tiny model
+TORCH: dict[str, Any] = {"backend": "torch", "device": "cpu", "deterministic": True}
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +160,50 @@ def test_another_form_of_blocks_is_not_read(
     core = start(tiny_model_path, 24, kv_dtype="int8", **disk)
     assert core.stats().cache.lower.disk.num_blocks == 0
     core.close()
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "num_rooms", "has_disk"), [("fp16", 200, False), ("int8", 40, True)]
+)
+def test_the_same_bytes_from_host_memory(
+    tiny_model_path: Path,
+    requests: list[EngineRequest],
+    tmp_path: Path,
+    kv_dtype: str,
+    num_rooms: int,
+    has_disk: bool,
+) -> None:
+    options = {**TORCH, "kv_dtype": kv_dtype}
+    [expected], _ = run(tiny_model_path, requests, 400, use_prefix_cache=False, **options)
+    options["kv_host_bytes"] = num_rooms * BLOCK_SIZE * TOKEN_BYTES[kv_dtype]
+    if has_disk:
+        options |= {"kv_disk": str(tmp_path / "kv"), "kv_disk_bytes": 8 << 20}
+    (first, second), stats = run(tiny_model_path, requests, 24, 2, **options)
+    assert first == second == expected
+    lower = stats.cache.lower
+    assert lower.host.num_hits > 5
+    assert lower.host.num_blocks <= num_rooms
+    assert lower.host.num_bytes <= options["kv_host_bytes"]
+    assert (lower.disk.num_writes > 5) == has_disk
+    assert (lower.disk.num_hits > 0) == has_disk
+    assert stats.num_preemptions > 0
+
+
+def test_options_of_host_memory(tiny_model_path: Path) -> None:
+    for backend in ("cpu", "reference"):
+        with pytest.raises(ConfigError, match="memory already; give it more with --memory"):
+            start(tiny_model_path, 24, kv_host_bytes=1 << 20, backend=backend)
+    with pytest.raises(ConfigError, match="--kv-host keeps prefixes: leave out --no-prefix-cache"):
+        start(tiny_model_path, 24, kv_host_bytes=1 << 20, use_prefix_cache=False, **TORCH)
+    with pytest.raises(ConfigError, match="--kv-host must be at least 0"):
+        start(tiny_model_path, 24, kv_host_bytes=-1, **TORCH)
+    with pytest.raises(ConfigError, match="are free in the host's memory: lower it"):
+        start(tiny_model_path, 24, kv_host_bytes=1 << 60, **TORCH)
+    with pytest.raises(ConfigError, match="holds no block"):
+        start(tiny_model_path, 24, kv_host_bytes=100, **TORCH)
+    for size in ("1MiB", 1 << 20):
+        config = engine_config(str(tiny_model_path), {"kv_host": size, **TORCH})
+        assert config.kv_host_bytes == 1 << 20
 
 
 def test_options(tiny_model_path: Path, tmp_path: Path) -> None:
