@@ -62,8 +62,6 @@ def block_columns(bits: int) -> int:
 
 def dense(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A weight in floating point, of any stored form, rounded once."""
-    if isinstance(tensor, BlockFloatTensor):
-        return torch.from_numpy(tensor.dequantize()).to(device, dtype)
     if isinstance(tensor, DenseTensor):
         stored = _to_device(tensor.data, torch.device("cpu"))
         if tensor.dtype == "bf16":
