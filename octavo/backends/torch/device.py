@@ -47,6 +47,7 @@ def open_device(name: str) -> torch.device:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(index)  # Triton launches where torch stands.
     return torch.device("cuda", index)
 
 
