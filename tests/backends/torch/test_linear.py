@@ -145,11 +145,31 @@ def test_grouped_linear_rows_alone(kit: Any, rng: np.random.Generator, grouped_l
     assert_rows_alone(lambda rows: grouped_linear(rows, weight, None, True), x, whole)
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("ascending", [False, True])
+def test_grouped_linear_of_each_order_of_dimensions(
+    kit: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, bits: int, ascending: bool
+) -> None:
+    """Whatever Triton's version is here."""
+    monkeypatch.setattr(grouped_file, "ASCENDING", ascending)
+    tensor = kit.grouped(rng, 37, 160, bits, 16, minimums=True)
+    weight = weights.pack_grouped(tensor, CPU)
+    for tokens in (1, 2):
+        x = rows_of(rng, tokens, 160, torch.bfloat16)
+        actual = grouped_linear(x, weight, None, False)
+        assert_close(actual, x, torch.from_numpy(tensor.dequantize()))
+
+
+@pytest.mark.parametrize(("has_bias", "ascending"), [(False, True), (True, False)])
 def test_grouped_linear_of_many_tokens(
-    kit: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, has_bias: bool
+    kit: Any,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    has_bias: bool,
+    ascending: bool,
 ) -> None:
     """By way of the written out weight, some rows at a time."""
+    monkeypatch.setattr(grouped_file, "ASCENDING", ascending)
     monkeypatch.setattr(grouped_file, "_MAX_TOKENS", 2)
     monkeypatch.setattr(grouped_file, "_SCRATCH_NUMBERS", 64 * 160)
     tensor = kit.grouped(rng, 70, 160, 4, 32, minimums=True)
