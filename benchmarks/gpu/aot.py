@@ -202,7 +202,8 @@ def main() -> int:
     for count, (unit, result) in enumerate(compile_all(units, os.cpu_count() or 1), 1):
         known = table.get(unit.case.name, {}).get(unit.target)
         print(row_of(unit, result, known), flush=True)
-        print(f"{count}/{len(units)}", end="\r", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"{count}/{len(units)}", end="\r", file=sys.stderr, flush=True)
         if not isinstance(result, str):
             found.setdefault(unit.case.name, {})[unit.target] = result
             known = result if args.write else known

@@ -64,8 +64,34 @@ class CompileOptions:
     device: DeviceOptions = DeviceOptions()
 
 
+class PendingOutput(Protocol):
+    """A step on its way."""
+
+    def result(self) -> StepOutput:
+        """Wait for it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was computed at once."""
+
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        """What it gave."""
+        return self.output
+
+
 class Program(Protocol):
-    """A compiled graph with its weights and its KV cache."""
+    """A compiled graph with its weights and its KV cache.
+
+    Attributes:
+        depth: steps that may be started before the first of them has returned: 2 where the host
+            only says what a device is to do.
+    """
+
+    depth: int
 
     @property
     def description(self) -> str:
@@ -116,6 +142,13 @@ class Program(Protocol):
         """Compute one step: write K and V, sample, return the named outputs in `wants`.
 
         Row s of `rows` belongs to batch.logits_rows[s].
+        """
+        ...
+
+    def start(self, batch: Batch, rows: SamplingRows | None) -> PendingOutput:
+        """Begin a step as `run` computes it; steps are computed in the order of their beginning.
+
+        With a depth above 1, token ids may name what the step before samples (Batch.token_ids).
         """
         ...
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Protocol
 
 import msgspec
@@ -35,15 +35,29 @@ PhaseProgress = Callable[[str, float], None]
 _log = logging.getLogger("octavo.engine")
 
 
+class PendingStep(Protocol):
+    """A step on its way."""
+
+    def result(self) -> ModelOutput:
+        """Wait for it."""
+        ...
+
+
 class Executor(Protocol):
-    """Where steps are computed."""
+    """Where steps are computed.
+
+    Attributes:
+        depth: how many may be on their way at a time.
+    """
+
+    depth: int
 
     def start(self) -> Capacity:
         """Load the model; raises ConfigError."""
         ...
 
-    def submit(self, plan: SchedulerOutput) -> Future[ModelOutput]:
-        """Begin a step."""
+    def submit(self, plan: SchedulerOutput) -> PendingStep:
+        """Begin a step; results are taken in order."""
         ...
 
     def close(self) -> None:
@@ -69,6 +83,7 @@ class EngineCore:
         self._scheduler = scheduler
         self.capacity = capacity
         self._clock = clock
+        self._in_flight: deque[PendingStep] = deque()
         self._num_steps = 0
         self._step_time_s = 0.0
 
@@ -116,14 +131,23 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or bool(self._in_flight)
 
     def step(self) -> list[TokenUpdate]:
-        """Compute one step and return what it added to each sequence."""
+        """Compute one step and return what it added to each sequence.
+
+        Where steps are computed elsewhere, the next one is on its way before the result of the last
+        one is taken; the first call then returns nothing.
+        """
         began = self._clock()
         plan = self._scheduler.schedule(now=began)
-        output = self._executor.submit(plan).result()
-        updates = self._scheduler.update(output)
+        if plan.scheduled:
+            self._in_flight.append(self._executor.submit(plan))
+            if len(self._in_flight) < self._executor.depth:
+                return []
+        if not self._in_flight:
+            return []
+        updates = self._scheduler.update(self._in_flight.popleft().result())
         self._num_steps += 1
         self._step_time_s += self._clock() - began
         return updates

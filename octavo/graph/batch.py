@@ -19,7 +19,8 @@ class Batch:
     Sequence b owns tokens query_start_loc[b] to query_start_loc[b + 1].
 
     Attributes:
-        token_ids: [T].
+        token_ids: [T]; where a Program's depth is above 1, -(s + 1) is the token that the step
+            before samples as its s-th, which the host need not know yet.
         positions: [1, T], absolute.
         query_start_loc: [B + 1].
         seq_lens: [B], tokens of the sequence including those of this step.

@@ -36,8 +36,18 @@ class RowTable:
     `num_rows`.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
-        """Allocate for `num_rows` sequences of at most `max_model_len` tokens."""
+    def __init__(
+        self, num_rows: int, max_model_len: int, block_size: int, *, looks_ahead: bool = False
+    ) -> None:
+        """Allocate for `num_rows` sequences of at most `max_model_len` tokens.
+
+        Args:
+            num_rows: rows.
+            max_model_len: the most tokens of a row.
+            block_size: tokens a block.
+            looks_ahead: a step may be built before the tokens of the one before it are known; they
+                are then named by their place (see Batch.token_ids).
+        """
         self.block_size = block_size
         max_blocks = -(-max_model_len // block_size)
         # One column more than a sequence can have: the token sampled last is kept even when it ends
@@ -48,12 +58,18 @@ class RowTable:
         self._counting: Int32 = np.arange(num_rows + 1, dtype=np.int32)
         self._counting.flags.writeable = False
 
+        # Of each row, the position of the token that the last step samples, and its place in it.
+        self._sampled_at: Int32 = np.full(num_rows, -1, np.int32)
+        self._sampled_as: Int32 = np.zeros(num_rows, np.int32)
+        self._looks_ahead = looks_ahead
+
     def insert(self, sequence: NewSequence) -> None:
         """Take in a sequence with all of its tokens; its block table is empty."""
         row = sequence.row
         self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
         self._block_tables[row, : self._num_blocks[row]] = 0
         self._num_blocks[row] = 0
+        self._sampled_at[row] = -1
 
     def fork(self, forks: Sequence[Fork]) -> None:
         """Let rows go on from other rows, each as it was before, with another last token."""
@@ -86,10 +102,19 @@ class RowTable:
     def append_tokens(self, sampled: SampledRows, token_ids: Int32) -> None:
         """Write each sampled token behind the tokens of its row."""
         self.token_ids[sampled.rows, sampled.positions] = token_ids
+        if self._looks_ahead:
+            known = self._sampled_at[sampled.rows] == sampled.positions
+            self._sampled_at[sampled.rows[known]] = -1
 
     def build(self, plan: SchedulerOutput) -> tuple[Batch, SampledRows]:
         """Append the plan's new blocks; return the step's arrays and which rows are sampled."""
-        scheduled = plan.scheduled
+        batch, sampled = self._build(plan.scheduled)
+        if self._looks_ahead:
+            self._sampled_at[sampled.rows] = sampled.positions
+            self._sampled_as[sampled.rows] = self._counting[: len(sampled.rows)]
+        return batch, sampled
+
+    def _build(self, scheduled: Sequence[ScheduledSequence]) -> tuple[Batch, SampledRows]:
         for item in scheduled:
             if item.new_block_ids:
                 self.append_blocks(item.row, item.new_block_ids)
@@ -113,7 +138,7 @@ class RowTable:
         seq_lens = computed + new
         num_blocks = -(-int(seq_lens.max()) // self.block_size)
         batch = Batch(
-            token_ids=self.token_ids[token_rows, positions],
+            token_ids=self._ids(token_rows, positions),
             positions=positions[None, :],
             query_start_loc=start,
             seq_lens=seq_lens,
@@ -135,7 +160,7 @@ class RowTable:
         seq_lens = positions + np.int32(1)
         num_blocks = max(computed) // self.block_size + 1
         batch = Batch(
-            token_ids=self.token_ids[rows, positions],
+            token_ids=self._ids(rows, positions),
             positions=positions[None, :],
             query_start_loc=self._counting[: count + 1],
             seq_lens=seq_lens,
@@ -144,6 +169,14 @@ class RowTable:
             logits_rows=self._counting[:count],
         )
         return batch, SampledRows(rows, seq_lens)
+
+    def _ids(self, rows: NDArray[np.intp], positions: Int32) -> Int32:
+        """The tokens of these rows at these positions, or the places of those not known yet."""
+        ids: Int32 = self.token_ids[rows, positions]
+        if self._looks_ahead:
+            is_unknown = self._sampled_at[rows] == positions
+            ids[is_unknown] = ~self._sampled_as[rows[is_unknown]]
+        return ids
 
     def _slots(self, rows: NDArray[np.intp], positions: Int32) -> Int32:
         """The slot of the KV cache of each token."""

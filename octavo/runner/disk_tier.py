@@ -12,8 +12,8 @@ so that a long prompt never stalls its neighbours for more than another step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import numpy as np
@@ -86,6 +86,8 @@ class DiskTier:
         self._staged: dict[bytes, Buffer] = {}
         self._spent_s = 0.0
         self._num_refusals = 0
+        self._begun: deque[tuple[float, int]] = deque()
+        self._ended = 0.0
         self._compute = Rate()  # A token.
         self._read = Rate()  # A block.
 
@@ -175,13 +177,17 @@ class DiskTier:
         self._staged.clear()
         self._spent_s = 0.0
 
-    @contextmanager
-    def measure(self, num_tokens: int) -> Iterator[None]:
-        """Take in how long the step that is computed inside takes."""
-        began = self._clock()
-        yield
+    def begin(self, num_tokens: int) -> None:
+        """A step begins; it may have to wait for one before it."""
+        self._begun.append((self._clock(), num_tokens))
+
+    def end(self) -> None:
+        """The first step that has begun has returned: take in how long it took."""
+        now = self._clock()
+        began, num_tokens = self._begun.popleft()
         if num_tokens >= LEAST_TOKENS:
-            self._compute.add(self._clock() - began, num_tokens)
+            self._compute.add(now - max(began, self._ended), num_tokens)
+        self._ended = now
 
     def close(self) -> None:
         """Write what waits and close the files."""

@@ -1,23 +1,23 @@
-"""InProcessExecutor: the model in this very process, one step at a time (depth 1)."""
+"""InProcessExecutor: the model in this very process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.runner.block_store import DiskBlockStore
 from octavo.runner.disk_tier import DiskTier
 from octavo.runner.loading import PhaseProgress, load
-from octavo.runner.runner import Runner
-from octavo.types import Capacity, KVPool, ModelOutput, SchedulerOutput
+from octavo.runner.runner import PendingStep, Runner
+from octavo.types import Capacity, KVPool, SchedulerOutput
 
 
 class InProcessExecutor:
     """Loads a model at `start` and computes steps in the caller's thread.
 
     Attributes:
+        depth: as of the Program, once started.
         tier: where KV blocks go that leave the pool, once started; None drops them.
     """
 
@@ -39,6 +39,7 @@ class InProcessExecutor:
         self._eos_token_ids = eos_token_ids
         self._progress = progress
         self._runner: Runner | None = None
+        self.depth = 1
         self.tier: DiskTier | None = None
         self._close = _nothing
 
@@ -53,6 +54,7 @@ class InProcessExecutor:
         loaded = load(config, self._progress)
         program = loaded.program
         self._close = program.close
+        self.depth = program.depth
         if config.kv_disk is not None:
             store = DiskBlockStore(
                 Path(config.kv_disk), loaded.cache_identity.encode(), program.block_bytes(),
@@ -83,15 +85,10 @@ class InProcessExecutor:
             backend=program.description,
         )
 
-    def submit(self, plan: SchedulerOutput) -> Future[ModelOutput]:
-        """Compute a step; the Future is done already, with the step's exception if it failed."""
+    def submit(self, plan: SchedulerOutput) -> PendingStep:
+        """Begin a step; raises what fails of it, or its result does."""
         assert self._runner is not None, "start() comes first"
-        future: Future[ModelOutput] = Future()
-        try:
-            future.set_result(self._runner.step(plan))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        return self._runner.start(plan)
 
     def close(self) -> None:
         """Free the model; idempotent."""

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from octavo.backends.program import Program
+from octavo.backends.program import PendingOutput, Program
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.runner.batch import RowTable, SampledRows
 from octavo.runner.disk_tier import DiskTier
 from octavo.runner.sampler import SamplerTable
 from octavo.types import ModelOutput, SampledTokens, SchedulerOutput, TokenLogprob
+
+
+class PendingStep:
+    """A step on its way."""
+
+    def __init__(self, finish: Callable[[], ModelOutput]) -> None:
+        """`finish` waits for it."""
+        self._finish = finish
+
+    def result(self) -> ModelOutput:
+        """Wait for it; to be called once."""
+        return self._finish()
 
 
 class Runner:
@@ -33,31 +45,45 @@ class Runner:
         """Serve `program`, whose cache is allocated, with `tier` below it."""
         self._program = program
         self._tier = tier
-        self._rows = RowTable(num_rows, max_model_len, block_size)
+        self._rows = RowTable(num_rows, max_model_len, block_size, looks_ahead=program.depth > 1)
         self._sampler = SamplerTable(num_rows, eos_token_ids)
 
     def step(self, plan: SchedulerOutput) -> ModelOutput:
         """Compute a step; one entry for each scheduled row that is_sampling, in order."""
+        return self.start(plan).result()
+
+    def start(self, plan: SchedulerOutput) -> PendingStep:
+        """Begin a step; results must be taken in the order of the beginnings."""
         if self._tier is not None:
             self._tier.save(plan.stores)
         self._update_rows(plan)
         if self._tier is not None:
             self._tier.load(plan.loads)
         if not plan.scheduled:
-            return ModelOutput()
-        batch, sampled, sampling_rows = self._build(plan)
-        output = self._run(batch, sampling_rows)
-        if sampling_rows is None:
-            return ModelOutput()
+            return PendingStep(ModelOutput)
+        batch, sampled, rows = self._build(plan)
+        if self._tier is not None:
+            self._tier.begin(len(batch.token_ids))
+        pending = self._program.start(batch, rows)
+        if rows is None:
+            return PendingStep(lambda: self._finish(pending))
+        return PendingStep(lambda: self._finish_sampling(pending, sampled, rows))
+
+    def _finish(self, pending: PendingOutput) -> ModelOutput:
+        pending.result()
+        if self._tier is not None:
+            self._tier.end()
+        return ModelOutput()
+
+    def _finish_sampling(
+        self, pending: PendingOutput, sampled: SampledRows, rows: SamplingRows
+    ) -> ModelOutput:
+        output = pending.result()
+        if self._tier is not None:
+            self._tier.end()
         self._rows.append_tokens(sampled, output.tokens)
         self._sampler.append_tokens(sampled, output.tokens)
-        return _model_output(sampled, sampling_rows, output)
-
-    def _run(self, batch: Batch, rows: SamplingRows | None) -> StepOutput:
-        if self._tier is None:
-            return self._program.run(batch, rows)
-        with self._tier.measure(len(batch.token_ids)):
-            return self._program.run(batch, rows)
+        return _model_output(sampled, rows, output)
 
     def _update_rows(self, plan: SchedulerOutput) -> None:
         for row in plan.finished_rows:

@@ -74,6 +74,7 @@ class Groups:
             tokens.append(parent.token_ids + array("i", [beam.token_id]))
         for parent, seq, beam, token_ids in zip(parents, heirs, beams, tokens, strict=True):
             seq.token_ids = token_ids
+            seq.num_known_tokens = len(token_ids)
             seq.beam = Beam(beam.score, beam.logprobs)
             if seq.status is Status.RUNNING:
                 last = len(token_ids) - 1

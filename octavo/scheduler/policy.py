@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 from octavo.scheduler.request import Rank, Sequence
+from octavo.types import SamplingParams
 
 Policy = Literal["fcfs", "priority", "fair"]
 
@@ -28,6 +29,16 @@ GUARANTEED_PART = 4
 def urgency(policy: Policy, priority: int, now: float) -> int:
     """The first part of the rank of a request that arrives now."""
     return priority + int(now // AGEING_S) if policy == "priority" else 0
+
+
+def can_look_ahead(params: SamplingParams) -> bool:
+    """Whether how a token is sampled does not depend on which tokens came before."""
+    return (
+        not params.use_beam_search
+        and params.repetition_penalty == 1
+        and params.presence_penalty == 0
+        and params.frequency_penalty == 0
+    )
 
 
 def by_rank(seq: Sequence) -> Rank:

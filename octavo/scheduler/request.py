@@ -44,6 +44,8 @@ class Request:
         is_group: it has several sequences, which share blocks.
         sequences: `params.num_sequences` of them.
         search: the beam search, if it is one; its beams are `live`, best first.
+        can_look_ahead: a token can be planned before the host knows the one before it: sampling
+            depends on no more of it than the model does.
         client: whom it is for, for the policy "fair".
         num_unfinished: sequences that have not ended.
         is_started: a sequence of it has run.
@@ -60,6 +62,7 @@ class Request:
     client: str = ""
     search: BeamSearch | None = None
     is_group: bool = False
+    can_look_ahead: bool = True
     sequences: list[Sequence] = field(default_factory=list)
     live: list[Sequence] = field(default_factory=list)
     num_unfinished: int = 0
@@ -77,14 +80,17 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The unit that is scheduled: 0 ≤ num_computed_tokens ≤ len(token_ids) ≤ max_num_tokens.
+    """The unit that is scheduled: 0 ≤ computed ≤ known tokens ≤ max_num_tokens.
 
     Attributes:
         token_ids: prompt and output so far.
         max_num_tokens: the sequence ends when it has so many.
         table: its KV blocks; empty unless it runs.
-        num_computed_tokens: tokens whose K and V are in the cache, or will be when the step in
-            flight returns.
+        num_known_tokens: tokens that may be computed: those in token_ids and, if the request can
+            look ahead, those that steps in flight sample, but for one that ends it.
+        num_computed_tokens: tokens whose K and V are in the cache, or will be when the steps in
+            flight have returned.
+        num_in_flight: steps in flight that it is part of.
         num_expected_tokens: how many there are to compute, as it looked when it began to wait.
         row: its name towards the runner while it runs.
         beam: its part of a beam search.
@@ -96,7 +102,9 @@ class Sequence:
     token_ids: array[int]
     max_num_tokens: int
     table: BlockTable
+    num_known_tokens: int = 0
     num_computed_tokens: int = 0
+    num_in_flight: int = 0
     num_expected_tokens: int = 0
     status: Status = Status.WAITING
     row: int = -1
@@ -110,6 +118,7 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Append a sampled token; return why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
+        self.num_known_tokens = max(self.num_known_tokens, len(self.token_ids))
         request = self.request
         if token_id in request.stop_ids and self.num_output_tokens > request.params.min_tokens:
             return "stop"
@@ -119,5 +128,10 @@ class Sequence:
     def num_remaining_tokens(self) -> int:
         """How many known tokens are still to be computed; while it waits, how many are expected."""
         if self.status is Status.RUNNING:
-            return len(self.token_ids) - self.num_computed_tokens
+            return self.num_known_tokens - self.num_computed_tokens
         return self.num_expected_tokens
+
+    @property
+    def is_first_sample(self) -> bool:
+        """Whether the token that is sampled next is the first of the output."""
+        return self.num_known_tokens == self.request.num_prompt_tokens

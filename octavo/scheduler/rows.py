@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 
 from octavo.scheduler.policy import by_rank
 from octavo.scheduler.request import Sequence
@@ -16,12 +15,12 @@ class Rows:
         running: in the order of rank.
     """
 
-    __slots__ = ("_finished", "_free", "_sequences", "running")
+    __slots__ = ("_finished", "_free", "_num_rows", "running")
 
     def __init__(self, num_rows: int) -> None:
         """Start with every row free."""
         self.running: list[Sequence] = []
-        self._sequences: list[Sequence | None] = [None] * num_rows
+        self._num_rows = num_rows
         self._free = list(range(num_rows))[::-1]
         self._finished: list[int] = []  # Since the last plan.
 
@@ -30,21 +29,14 @@ class Rows:
         """Rows that no sequence has."""
         return len(self._free)
 
-    def find(self, rows: Iterable[int]) -> list[Sequence]:
-        """The sequences of rows that are in use."""
-        sequences = self._sequences
-        return [seq for row in rows if (seq := sequences[row]) is not None]
-
     def insert(self, seq: Sequence) -> None:
         """Give a sequence a free row; there must be one."""
         seq.row = self._free.pop()
-        self._sequences[seq.row] = seq
         insort(self.running, seq, key=by_rank)
 
     def remove(self, seq: Sequence) -> None:
         """Take its row from a sequence."""
         del self.running[bisect_left(self.running, seq.rank, key=by_rank)]
-        self._sequences[seq.row] = None
         self._free.append(seq.row)
         self._finished.append(seq.row)
         seq.row = -1
@@ -55,8 +47,7 @@ class Rows:
         return tuple(finished)
 
     def check_invariants(self) -> None:
-        """Assert that rows and sequences name each other; for tests."""
+        """Assert that every row is free or of one sequence; for tests."""
         assert self.running == sorted(self.running, key=by_rank)
-        assert len(self.running) + len(self._free) == len(self._sequences)
-        for seq in self.running:
-            assert self._sequences[seq.row] is seq
+        rows = [*self._free, *(seq.row for seq in self.running)]
+        assert sorted(rows) == list(range(self._num_rows))

@@ -23,6 +23,7 @@ comes back as it began. Knows ids only: no text, no tensors, no clock.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ from octavo.scheduler.fairness import FairList, TokenCounters
 from octavo.scheduler.groups import RESERVED_BLOCKS, Groups
 from octavo.scheduler.limits import RequestLimits, reserve_pin
 from octavo.scheduler.messages import beam_update, new_sequence
-from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, urgency
+from octavo.scheduler.policy import PromptShares, by_rank, by_remaining, can_look_ahead, urgency
 from octavo.scheduler.reports import block_use, prefix_report
 from octavo.scheduler.request import Request, Sequence, Status
 from octavo.scheduler.rows import Rows
@@ -59,8 +60,10 @@ from octavo.types import (
 class Scheduler:
     """Owns the waiting queue, the running list and the KV blocks.
 
-    The engine calls `schedule`, has the plan computed and calls `update` with the result, one step
-    at a time; `add` and `abort` may come at any moment, also while a step is in flight.
+    The engine calls `schedule`, has the plan computed and calls `update` with the result; `add` and
+    `abort` may come at any moment. Where steps are computed elsewhere, the next one may be planned
+    while one is in flight (docs/decisions/044-steps-in-flight.md): for sequences whose last token
+    is not known yet, as far as no block is missing. Results come in the order of the plans.
     """
 
     def __init__(
@@ -108,8 +111,8 @@ class Scheduler:
         self._rows = Rows(num_rows)
         self._groups = Groups(self._cache, self._rows, self._wait)
         self._supply = BlockSupply(self._cache, self._rows, self._groups, self._waiting, self._wait)
-        self._in_flight: Step | None = None
-        self._aborted_in_flight: list[Sequence] = []
+        self._in_flight: deque[Step] = deque()
+        self._num_ending = 0  # Sequences that have ended; a step in flight still has them.
         self._now = 0.0
         self._num_arrivals = 0
         self._num_unstarted_requests = 0
@@ -142,6 +145,7 @@ class Scheduler:
             client=request.client,
             num_unfinished=params.num_sequences,
             is_group=params.num_sequences > 1,
+            can_look_ahead=can_look_ahead(params),
         )
         record.sequences = self._make_sequences(record, request, now)
         if request.cache.pin_s:
@@ -162,8 +166,8 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> list[TokenUpdate]:
         """End a request, or one sequence of it, and return the last update of each that ends.
 
-        Blocks are free at once; those of a step in flight when it returns. An unknown request is no
-        fault: it may just have ended.
+        Blocks are free at once; those that steps in flight use, when they return. An unknown
+        request is no fault: it may just have ended.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -178,7 +182,7 @@ class Scheduler:
         return updates
 
     def has_work(self) -> bool:
-        """Whether a request is alive, so that `schedule` will plan something."""
+        """Whether a request is alive, so that `schedule` will plan something in a while."""
         return bool(self._requests)
 
     def reset_prefix_cache(self) -> int:
@@ -187,7 +191,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
-        num_running = len(self._rows.running) - len(self._aborted_in_flight)
+        num_running = len(self._rows.running) - self._num_ending
         cache = CacheStats(
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
@@ -212,7 +216,8 @@ class Scheduler:
         self._cache.check_invariants(seq.table for seq in self._rows.running)
         self._rows.check_invariants()
         for seq in self._rows.running:
-            assert seq.num_computed_tokens <= len(seq.token_ids) <= seq.max_num_tokens
+            assert seq.num_computed_tokens <= seq.num_known_tokens <= seq.max_num_tokens
+            assert seq.num_in_flight or len(seq.token_ids) == seq.num_known_tokens
             num_slots = len(seq.table.block_ids) * self._block_size
             assert seq.num_computed_tokens <= num_slots, "a computed token has no slot"
         alive = [seq for request in self._requests.values() for seq in request.sequences]
@@ -225,16 +230,15 @@ class Scheduler:
     # ---- One step ------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> SchedulerOutput:
-        """Plan the next step; `update` must follow before the next call.
+        """Plan the next step; it is empty if all that runs waits for steps in flight.
 
         Args:
             now: seconds on any clock that only goes forward.
         """
-        assert self._in_flight is None, "the last step has not returned"
         self._now = now
         self._cache.end_pins(now)
         step = self._plan(now)
-        while not step.scheduled and (self._rows.running or not step.may_admit):
+        while step.is_stuck and (self._rows.running or not step.may_admit):
             # Beams that wait for one another hold blocks which others of them, or of another
             # search, wait for. If the last group that ran had to go, others may come now.
             if self._rows.running:
@@ -242,7 +246,8 @@ class Scheduler:
             step = self._plan(now)
         if not step.scheduled:
             return SchedulerOutput()
-        self._in_flight = step
+        step.begin()
+        self._in_flight.append(step)
         stores, loads = self._tiers.take()
         return SchedulerOutput(
             finished_rows=self._rows.take_finished(),
@@ -255,32 +260,36 @@ class Scheduler:
         )
 
     def update(self, output: ModelOutput) -> list[TokenUpdate]:
-        """Take the result of the step in flight: append tokens, end sequences, free blocks."""
-        step, self._in_flight = self._in_flight, None
-        if step is None:
+        """Take the first result in flight: append tokens, end sequences, free blocks."""
+        if not self._in_flight:
             return []
-        for seq in step.unsampled:
-            self._cache.commit(seq.table, seq.token_ids, seq.num_computed_tokens)
+        step = self._in_flight.popleft()
+        for seq, num_computed in step.unsampled:
+            if self._has_returned(seq):
+                self._cache.commit(seq.table, seq.token_ids, num_computed)
         updates = []
-        # All at once: an end below frees rows, and a beam may take one of them.
-        sequences = self._rows.find([sampled.row for sampled in output.sampled])
-        for seq, sampled in zip(sequences, output.sampled, strict=True):
-            if seq.status is not Status.RUNNING:
-                continue  # It was aborted meanwhile, or its group has ended.
+        for seq, sampled in zip(step.sampling, output.sampled, strict=True):
+            if not self._has_returned(seq):
+                continue  # It was aborted meanwhile, or it or its group has ended.
             if seq.request.search is None:
                 updates.append(self._accept(seq, sampled))
             else:
                 updates += self._accept_beam(seq, seq.request.search, sampled)
-        for seq in self._aborted_in_flight:
-            self._groups.give_back(seq)
-        self._aborted_in_flight.clear()
         return updates
+
+    def _has_returned(self, seq: Sequence) -> bool:
+        """A step that it was part of has returned; whether it still runs."""
+        seq.num_in_flight -= 1
+        if seq.status is Status.FINISHED and not seq.num_in_flight:
+            self._num_ending -= 1
+            self._groups.give_back(seq)
+        return seq.status is Status.RUNNING
 
     # ---- Planning ------------------------------------------------------------------------------
 
     def _plan(self, now: float) -> Step:
         """Fill a step."""
-        step = Step(now, self._config.max_num_batched_tokens)
+        step = Step(now, self._config.max_num_batched_tokens, may_preempt=not self._in_flight)
         prompts = self._schedule_decodes(step)
         if step.num_left:
             self._schedule_prompts(step, prompts)
@@ -294,7 +303,7 @@ class Scheduler:
         # NOTE: preemption shortens the list from its end while we walk it, and forks lengthen it
         # behind the one that we stand at; a list allows both.
         for seq in self._rows.running:
-            num_tokens = len(seq.token_ids)
+            num_tokens = seq.num_known_tokens
             num_computed = seq.num_computed_tokens
             if num_tokens - num_computed != 1:
                 if num_tokens > num_computed:
@@ -304,7 +313,7 @@ class Scheduler:
             if request.is_group and request is not group:
                 group = request
                 if not self._supply.make_room(group, step):
-                    break  # It was the last one in rank, and the one that had to go.
+                    break  # It was the last in rank and had to go, or waits for a step in flight.
             new_blocks: tuple[int, ...] = ()
             if num_tokens > len(seq.table.block_ids) * block_size:
                 grown = self._supply.grow(seq, step)
@@ -316,7 +325,8 @@ class Scheduler:
             scheduled.append(ScheduledSequence(seq.row, num_computed, 1, new_blocks, True))
             seq.num_computed_tokens = num_tokens
             step.num_left -= 1
-            if group is request and seq.num_output_tokens == 0:
+            step.sampling.append(seq)
+            if group is request and seq.is_first_sample:
                 self._schedule_forks(seq, step)
         return prompts
 
@@ -362,14 +372,16 @@ class Scheduler:
         """Plan the next `num_new` tokens of a prompt."""
         num_computed = seq.num_computed_tokens
         seq.num_computed_tokens = num_computed + num_new
-        is_sampling = seq.num_computed_tokens == len(seq.token_ids)
+        is_sampling = seq.num_computed_tokens == seq.num_known_tokens
         new_blocks = step.admitted_blocks.get(seq, ())
         step.scheduled.append(
             ScheduledSequence(seq.row, num_computed, num_new, new_blocks, is_sampling)
         )
         if not is_sampling:
-            step.unsampled.append(seq)
-        elif seq.request.is_group and seq.num_output_tokens == 0:
+            step.unsampled.append((seq, seq.num_computed_tokens))
+            return
+        step.sampling.append(seq)
+        if seq.request.is_group and seq.is_first_sample:
             self._schedule_forks(seq, step)
 
     def _schedule_forks(self, leader: Sequence, step: Step) -> None:
@@ -379,6 +391,7 @@ class Scheduler:
             block_ids = tuple(seq.table.block_ids)
             step.new_sequences.append(new_sequence(seq))
             step.scheduled.append(ScheduledSequence(seq.row, num_tokens, 0, block_ids, True))
+            step.sampling.append(seq)
 
     def _admit(self, seq: Sequence, step: Step) -> bool:
         """Give a waiting sequence a row, its cached prefix and blocks for all its known tokens.
@@ -441,8 +454,9 @@ class Scheduler:
             self._tiers.discard(table)  # Its K and V may be as broken as its logits.
             self._end(seq)
             return TokenUpdate(request.request_id, seq.index, finish_reason="error")
-        if seq.num_computed_tokens // self._block_size > table.num_committed_blocks:
-            self._cache.commit(table, seq.token_ids, seq.num_computed_tokens)
+        num_computed = len(seq.token_ids)  # By this step; a later one may be in flight.
+        if num_computed // self._block_size > table.num_committed_blocks:
+            self._cache.commit(table, seq.token_ids, num_computed)
         finish_reason = seq.append(token_id)
         self._num_generation_tokens += 1
         if self._counters is not None:
@@ -511,10 +525,11 @@ class Scheduler:
         seq.status = Status.FINISHED
         if status is Status.WAITING:
             self._waiting.remove(seq)
-        elif status is Status.RUNNING and self._in_flight is None:
-            self._groups.give_back(seq)
+        elif status is Status.RUNNING and seq.num_in_flight:
+            self._num_ending += 1
+            seq.num_known_tokens = seq.num_computed_tokens
         elif status is Status.RUNNING:
-            self._aborted_in_flight.append(seq)
+            self._groups.give_back(seq)
         if status is not Status.HELD:
             self._release(request, 1)  # If others were held, it was for this one.
         self._num_alive_sequences -= 1
@@ -549,6 +564,7 @@ class Scheduler:
                 index=index,
                 rank=(*rank, index),
                 token_ids=prompt[:],
+                num_known_tokens=len(prompt),
                 max_num_tokens=self._limits.max_num_tokens(request),
                 table=self._cache.new_table(request.cache.salt, request.cache.scope),
                 status=Status.HELD,

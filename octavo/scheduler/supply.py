@@ -21,17 +21,36 @@ class Step:
         num_left: what is left of the token budget.
         may_admit: nobody has been preempted or turned away in this step yet.
         admitted_blocks: the first blocks of each sequence that was admitted.
-        unsampled: sequences of which only a part of the prompt is computed.
+        may_preempt: no step is in flight; otherwise nobody is preempted.
+        unsampled: sequences of which only a part of the prompt is computed, and how many of their
+            tokens are then.
+        sampling: those that are sampled, in the order of `scheduled`.
     """
 
     now: float
     num_left: int
+    may_preempt: bool
     may_admit: bool = True
     new_sequences: list[NewSequence] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     admitted_blocks: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
     scheduled: list[ScheduledSequence] = field(default_factory=list)
-    unsampled: list[Sequence] = field(default_factory=list)
+    unsampled: list[tuple[Sequence, int]] = field(default_factory=list)
+    sampling: list[Sequence] = field(default_factory=list)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing is planned, and nothing in flight will change that."""
+        return self.may_preempt and not self.scheduled
+
+    def begin(self) -> None:
+        """The step is on its way: what it samples may be planned with from now on."""
+        for seq, _ in self.unsampled:
+            seq.num_in_flight += 1
+        for seq in self.sampling:
+            seq.num_in_flight += 1
+            if seq.request.can_look_ahead and seq.num_known_tokens + 1 < seq.max_num_tokens:
+                seq.num_known_tokens += 1
 
 
 class BlockSupply:
@@ -61,25 +80,32 @@ class BlockSupply:
         """Get the block for a running sequence's next token, at the cost of the last ones in rank.
 
         Returns:
-            The new block ids; None if the sequence was itself the last one and has been preempted.
+            The new block ids; None if the sequence was itself the last one and has been preempted,
+            or nobody may be.
         """
-        while (new_blocks := self._cache.allocate(seq.table, len(seq.token_ids))) is None:
+        while (new_blocks := self._cache.allocate(seq.table, seq.num_known_tokens)) is None:
+            if not step.may_preempt:
+                step.may_admit = False  # What becomes free is for this one.
+                return None
             self.preempt_last(step)
             if seq.status is not Status.RUNNING:
                 return None
         return new_blocks
 
     def make_room(self, group: Request, step: Step) -> bool:
-        """See to it that a group's next tokens find blocks; False if it has been preempted."""
+        """See to it that a group's next tokens find blocks; False as `grow` returns None."""
         while True:
             tables = [
                 (seq.table, seq.num_computed_tokens)
                 for seq in group.sequences
                 if seq.status is Status.RUNNING
-                and len(seq.token_ids) - seq.num_computed_tokens == 1
+                and seq.num_known_tokens - seq.num_computed_tokens == 1
             ]
             if self._cache.num_missing_blocks(tables) <= self._cache.num_free_blocks:
                 return bool(tables)
+            if not step.may_preempt:
+                step.may_admit = False
+                return False
             self.preempt_last(step)
 
     def own_block(self, seq: Sequence, index: int, step: Step) -> None:
@@ -97,6 +123,7 @@ class BlockSupply:
         All of it but one sequence is held until that one has computed what they share. If samples
         of one request are all that runs, only the last of them goes.
         """
+        assert step.may_preempt, "a step in flight writes into its blocks"
         step.may_admit = False
         running = self._rows.running
         request = running[-1].request

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from octavo.backends.program import Program
+from octavo.backends.program import PendingOutput, Program
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.graph.batch import Batch, SamplingRows, StepOutput
+from octavo.graph.batch import Batch, SamplingRows
 from tests.e2e.test_same_bytes import GROUPS, make_requests, run
 
 NUM_BLOCKS = 20
@@ -31,17 +30,17 @@ class GuardedProgram:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._program, name)
 
-    def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
+    def start(self, batch: Batch, rows: SamplingRows | None) -> PendingOutput:
         self.num_steps += 1
         before = self._pool()
-        output = self._program.run(batch, rows, wants)
+        pending = self._program.start(batch, rows)
         written = set((batch.slot_mapping[0] // self._block_size).tolist())
         self._check(before, written)
         held: Counter[int] = Counter()
         for table, length in zip(batch.block_tables[0], batch.seq_lens.tolist(), strict=True):
             held.update(table[: -(-length // self._block_size)].tolist())
         assert all(held[block_id] == 1 for block_id in written), "two rows hold what one writes"
-        return output
+        return pending
 
     def copy_blocks(self, pairs: np.ndarray) -> None:
         self.num_copies += len(pairs)

@@ -396,9 +396,17 @@ def test_torch_quantized_while_loading(
 
 def test_torch_samples_and_beams(tiny_path: Path) -> None:
     requests = make_requests(12, vocab_size=262, max_prompt=9, max_tokens=30, kinds=GROUPS)
-    [answers], stats = answers_of(tiny_path, requests, **TORCH, **SCARCE)
+    [answers], _ = answers_of(tiny_path, requests, **TORCH, **SCARCE)
     assert answers == alone(tiny_path, requests, **TORCH)
-    assert stats.num_preemptions > 2
+
+
+def test_torch_preemption(tiny_model_path: Path) -> None:
+    requests = make_requests(10, vocab_size=262, max_prompt=9, max_tokens=60)
+    token_bytes = 2 * 2 * 2 * 16 * 2
+    options = {"memory_bytes": 96 * token_bytes, "block_size": 8}
+    [answers], stats = answers_of(tiny_model_path, requests, **TORCH, **options)
+    assert answers == alone(tiny_model_path, requests, **TORCH)
+    assert stats.num_preemptions > 0
 
 
 def test_streamed_or_not(tiny_model_path: Path) -> None:

@@ -34,6 +34,8 @@ CONFIG = EngineConfig(model="m", served_name="m", memory_bytes=1, num_threads=1)
 class FakeExecutor:
     """Samples token 5 for each row, or fails."""
 
+    depth = 1
+
     def __init__(self, token: int = 5) -> None:
         self.plans: list[SchedulerOutput] = []
         self.error: Exception | None = None
@@ -88,6 +90,34 @@ def test_steps_until_there_is_no_work() -> None:
     assert len(executor.plans) == 2
     core.close()
     assert executor.is_closed
+
+
+def test_the_next_step_is_on_its_way_before_the_last_one_is_taken() -> None:
+    core, executor = make_core()
+    executor.depth = 2
+    core.add(request("a", max_tokens=3))
+    assert core.step() == []
+    assert [u.token_ids for u in core.step()] == [(5,)]
+    assert [p.scheduled[0].num_computed_tokens for p in executor.plans] == [0, 3]
+    assert [u.token_ids for u in core.step()] == [(5,)]
+    assert [p.scheduled[0].num_computed_tokens for p in executor.plans] == [0, 3, 4]
+    assert [(u.token_ids, u.finish_reason) for u in core.step()] == [((5,), "length")]
+    assert not core.has_work()
+    assert core.stats().cache.num_blocks_used == 0
+
+
+def test_what_is_on_its_way_is_taken_before_the_engine_rests() -> None:
+    core, executor = make_core()
+    executor.depth = 2
+    executor.token = 99  # It ends the text; a step more is on its way by then.
+    core.add(request("a", max_tokens=9))
+    updates = []
+    while core.has_work():
+        updates += core.step()
+    assert [u.finish_reason for u in updates] == ["stop"]
+    assert len(executor.plans) == 2
+    stats = core.stats()
+    assert (stats.num_running, stats.cache.num_blocks_used) == (0, 0)
 
 
 def test_an_aborted_request_leaves_nothing() -> None:

@@ -77,8 +77,18 @@ def names(count: int) -> list[bytes]:
 
 def compute(world: SimpleNamespace, token_s: float, num_tokens: int = BUDGET) -> None:
     """A step that takes so long a token."""
-    with world.tier.measure(num_tokens):
-        world.store.now += token_s * num_tokens
+    world.tier.begin(num_tokens)
+    world.store.now += token_s * num_tokens
+    world.tier.end()
+
+
+def test_a_step_that_waits_for_another_is_not_slower(world: SimpleNamespace) -> None:
+    for count in (BUDGET, BUDGET):
+        world.tier.begin(count)
+    for _ in range(2):
+        world.store.now += 3.0
+        world.tier.end()
+    assert world.tier._compute.seconds == pytest.approx(3.0 / BUDGET)
 
 
 def test_blocks_go_down_and_come_back(world: SimpleNamespace) -> None:

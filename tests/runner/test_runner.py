@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import numpy as np
 
+from octavo.backends.program import Done
 from octavo.graph.batch import Batch, SamplingRows, StepOutput
 from octavo.runner.runner import Runner
 from octavo.types import (
@@ -27,6 +27,7 @@ class CountingProgram:
         self.steps: list[tuple[Batch, SamplingRows | None]] = []
         self.next_token: int | None = None
 
+    depth = 1
     description = "fake"
     weights_bytes = 0
 
@@ -36,6 +37,9 @@ class CountingProgram:
     def allocate_cache(self, num_blocks: int) -> None: ...
 
     def close(self) -> None: ...
+
+    def start(self, batch: Batch, rows: SamplingRows | None) -> Done:
+        return Done(self.run(batch, rows))
 
     def run(self, batch: Batch, rows: SamplingRows | None, wants: Iterable[str] = ()) -> StepOutput:
         self.steps.append((batch, rows))
@@ -76,6 +80,45 @@ def test_sampled_tokens_are_the_input_of_the_next_step() -> None:
     assert batch.slot_mapping[0].tolist() == [5 * 8 + 3]
 
 
+def test_a_token_that_is_not_known_yet_is_named_by_its_place() -> None:
+    """Two steps on their way: the second one reads what the first one samples."""
+    program = CountingProgram()
+    program.depth = 2
+    runner = Runner(program, num_rows=4, max_model_len=64, block_size=8, eos_token_ids=[99])
+    first = SchedulerOutput(
+        new_sequences=(
+            sequence(3, [10, 20], SamplingParams()),
+            sequence(1, [5, 6, 7], SamplingParams()),
+            sequence(0, [1, 2, 3, 4], SamplingParams()),
+        ),
+        scheduled=(
+            ScheduledSequence(3, 0, 2, (5,), True),
+            ScheduledSequence(1, 0, 2, (6,), False),
+            ScheduledSequence(0, 0, 4, (7,), True),
+        ),
+    )
+    # One goes on with a token of its prompt, the others with what is sampled.
+    second = SchedulerOutput(
+        scheduled=tuple(
+            ScheduledSequence(*one, (), True) for one in ((0, 4, 1), (1, 2, 1), (3, 2, 1))
+        )
+    )
+    pending = runner.start(first), runner.start(second)
+    assert program.steps[1][0].token_ids.tolist() == [-2, 7, -1]
+    assert pending[0].result().sampled == (SampledTokens(3, (21,)), SampledTokens(0, (5,)))
+    third = SchedulerOutput(scheduled=(ScheduledSequence(3, 3, 1, (), True),))
+    runner.start(third)
+    assert program.steps[2][0].token_ids.tolist() == [-3]
+    pending[1].result()
+    again = SchedulerOutput(
+        finished_rows=(3,),
+        new_sequences=(sequence(3, [40, 41, 42, 43], SamplingParams()),),
+        scheduled=(ScheduledSequence(3, 0, 4, (2,), True), ScheduledSequence(1, 3, 1, (), True)),
+    )
+    runner.start(again)
+    assert program.steps[3][0].token_ids.tolist() == [40, 41, 42, 43, 8]
+
+
 class RecordingTier:
     """Notes in which order it is called."""
 
@@ -89,11 +132,11 @@ class RecordingTier:
     def load(self, loads: object) -> None:
         self.calls.append(("load", loads, len(self.program.steps)))
 
-    @contextmanager
-    def measure(self, num_tokens: int) -> Iterator[None]:
-        before = len(self.program.steps)
-        yield
-        self.calls.append(("measure", num_tokens, before, len(self.program.steps)))
+    def begin(self, num_tokens: int) -> None:
+        self.calls.append(("begin", num_tokens, len(self.program.steps)))
+
+    def end(self) -> None:
+        self.calls.append(("end", len(self.program.steps)))
 
 
 def test_blocks_are_saved_then_loaded_then_the_step_is_computed() -> None:
@@ -113,7 +156,8 @@ def test_blocks_are_saved_then_loaded_then_the_step_is_computed() -> None:
             scheduled=(ScheduledSequence(1, 0, 3, (5,), True),),
         )
     )
-    assert tier.calls == [("save", stores, 0), ("load", loads, 0), ("measure", 3, 0, 1)]
+    begin, end = ("begin", 3, 0), ("end", 1)
+    assert tier.calls == [("save", stores, 0), ("load", loads, 0), begin, end]
 
 
 def test_a_step_that_samples_nothing_asks_for_nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -298,8 +298,11 @@ class World:
         max_model_len: int = 1024,
         tier: FakeTier | None = None,
         reports: list[PrefixReport] | None = None,
+        depth: int = 1,
         **options: object,
     ) -> None:
+        self.depth = depth  # Steps that are in flight before the first result is taken.
+        self.outputs: deque[ModelOutput] = deque()
         self.config = EngineConfig(
             **{  # type: ignore[arg-type]
                 "model": "fake",
@@ -361,7 +364,7 @@ class World:
     def schedule(self) -> SchedulerOutput:
         """Plan a step, and check what is promised of every plan."""
         self.plan = self.scheduler.schedule(float(self.num_steps))
-        assert self.plan.scheduled, "work to do and none planned"
+        assert self.plan.scheduled or self.outputs, "work to do and none planned"
         assert self.plan.num_tokens <= self.config.max_num_batched_tokens
         rows = [entry.row for entry in self.plan.scheduled]
         assert len(rows) == len(set(rows)) <= self.config.max_num_seqs
@@ -370,7 +373,11 @@ class World:
 
     def finish_step(self) -> list[TokenUpdate]:
         """Compute the planned step and take the result."""
-        updates = self.scheduler.update(self.executor.run(self.plan))
+        self.outputs.append(self.executor.run(self.plan))
+        return self._take_result()
+
+    def _take_result(self) -> list[TokenUpdate]:
+        updates = self.scheduler.update(self.outputs.popleft())
         self.updates += updates
         self.num_steps += 1
         self.scheduler.check_invariants()
@@ -394,9 +401,14 @@ class World:
         assert use.num_saved_blocks == held.total() - len(held)
 
     def step(self) -> list[TokenUpdate]:
-        """One whole step."""
-        self.schedule()
-        return self.finish_step()
+        """Plan a step, and take the result of the first one in flight if there are enough."""
+        plan = self.schedule()
+        if plan.scheduled:
+            self.outputs.append(self.executor.run(plan))
+            if len(self.outputs) < self.depth:
+                self.scheduler.check_invariants()
+                return []
+        return self._take_result()
 
     def abort(self, request_id: str, index: int | None = None) -> list[TokenUpdate]:
         """End a request or a sequence."""
@@ -411,6 +423,8 @@ class World:
             if not self.scheduler.has_work():
                 break
             self.step()
+        while self.outputs:
+            self._take_result()
         assert not self.scheduler.has_work(), f"still at work after {max_steps} steps"
         stats = self.scheduler.stats()
         assert (stats.num_running, stats.num_waiting, stats.cache.num_blocks_used) == (0, 0, 0)

@@ -242,6 +242,86 @@ def test_an_abort_in_flight_keeps_the_blocks_until_the_step_returns(make_world: 
     world.drain()
 
 
+# ---- Two steps in flight -----------------------------------------------------------------------
+
+
+def begin(world: Any) -> list[tuple[int, int]]:
+    """Plan a step and leave it in flight; (tokens computed before, new ones) of each entry."""
+    plan = world.schedule()
+    if plan.scheduled:
+        world.outputs.append(world.executor.run(plan))
+    return [(entry.num_computed_tokens, entry.num_new_tokens) for entry in plan.scheduled]
+
+
+def test_a_token_is_planned_before_the_one_before_it_is_known(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.add([5] * 10, max_tokens=4)
+    assert [begin(world) for _ in range(2)] == [[(0, 10)], [(10, 1)]]
+    updates = [world._take_result() for _ in range(2)]
+    assert [len(of_step) for of_step in updates] == [1, 1]
+    assert begin(world) == [(11, 1)], "one more may come"
+    assert begin(world) == [(12, 1)], "the last one is sampled here"
+    assert begin(world) == [], "nothing follows the last token"
+    world.drain()
+    assert world.finish_reason("request-1") == "length"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"use_beam_search": True, "temperature": 0, "n": 2},
+    ],
+)
+def test_what_depends_on_earlier_tokens_waits_for_them(
+    make_world: MakeWorld, params: dict[str, Any]
+) -> None:
+    world = make_world()
+    world.add([5] * 10, **params)
+    world.add([6] * 10)
+    assert begin(world) == [(0, 10), (0, 10)]
+    assert begin(world) == [(10, 1)], "the other one goes on"
+    world._take_result()
+    world.drain()
+
+
+def test_nobody_is_preempted_while_a_step_is_in_flight(make_world: MakeWorld) -> None:
+    world = make_world(num_blocks=6, block_size=4)
+    world.add([5] * 8, max_tokens=12)
+    world.add([6] * 8, max_tokens=12)
+    while world.scheduler.stats().cache.num_blocks_used < 6:
+        world.step()
+    while len(begin(world)) == 2:
+        if len(world.outputs) > 1:
+            world._take_result()
+    assert world.scheduler.stats().num_preemptions == 0
+    while world.outputs:
+        world._take_result()
+    world.step()
+    assert world.scheduler.stats().num_preemptions == 1
+    world.drain()
+
+
+def test_a_text_that_ends_while_its_next_step_is_in_flight(make_world: MakeWorld) -> None:
+    """What that step computes is thrown away, and it keeps row and blocks until it returns."""
+    world = make_world()
+    world.add([5] * 3, max_tokens=30)
+    world.step()
+    token = world.output("request-1")[0]
+    world.add([5] * 3, max_tokens=30, stop_token_ids=(token,))
+    begin(world)
+    begin(world)
+    ended = [update for update in world._take_result() if update.finish_reason]
+    assert [(u.request_id, u.finish_reason) for u in ended] == [("request-2", "stop")]
+    stats = world.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.cache.num_blocks_used) == (1, 0, 3)
+    assert {update.request_id for update in world._take_result()} == {"request-1"}
+    assert world.scheduler.stats().cache.num_blocks_used == 2
+    world.drain()
+
+
 def test_one_sequence_of_a_request_can_be_aborted(make_world: MakeWorld) -> None:
     world = make_world()
     world.add([5] * 3, n=3, max_tokens=6)

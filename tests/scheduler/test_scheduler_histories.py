@@ -34,6 +34,7 @@ SMALL_WORLDS = st.fixed_dictionaries(
         "use_prefix_cache": st.booleans(),
         "policy": st.sampled_from(["fcfs", "priority", "fair"]),
         "tier": st.sampled_from([None, None, (1, 1000), (100, 1000), (100, 5)]),
+        "depth": st.sampled_from([1, 2, 2, 3]),
     }
 )
 # Few beginnings and few token ids, so that prompts share prefixes all the time.
@@ -152,10 +153,18 @@ class Histories(RuleBasedStateMachine):
         if not is_in_flight:
             self._abort(data)
             return
-        self.world.schedule()
+        if self.world.depth > 1:
+            self.world.step()
+        else:
+            self.world.schedule()
         for _ in range(data.draw(st.integers(1, 3))):
             self._abort(data)
-        updates = self.world.finish_step()
+        if self.world.depth == 1:
+            updates = self.world.finish_step()
+        elif self.scheduler.has_work():
+            updates = self.world.step()
+        else:
+            return
         assert self.aborted.isdisjoint((u.request_id, u.index) for u in updates)
 
     @rule()

@@ -8,6 +8,7 @@ import triton
 from aot_case import AotCase
 
 from octavo.backends.torch.triton import sample, sample_filters
+from octavo.backends.torch.triton.sample_parts import UNALIGNED
 
 TYPES = {
     "logits": "*fp32",
@@ -28,7 +29,12 @@ TYPES = {
     "max_out": "*fp32",
     "sum_in": "*fp32",
     "sum_out": "*fp32",
-    "masses": "*fp64",
+    "masses_in": "*fp64",
+    "masses_out": "*fp64",
+    "mass_in": "*fp64",
+    "mass_out": "*fp64",
+    "greatest_in": "*fp32",
+    "greatest_out": "*fp32",
     "logprobs": "*fp32",
     "top_logprobs": "*fp32",
     "values_out": "*fp32",
@@ -39,7 +45,7 @@ DIVISIBLE = ("stride", "raw_stride", "vocab", "room")
 
 
 def case(name: str, kernel: Any, warps: int, **constants: Any) -> AotCase:
-    """A case whose pointers are divisible by 16, and int32 where TYPES says nothing."""
+    """A case whose pointers to large arrays are divisible by 16; int32 where TYPES says nothing."""
     names = [n for n in kernel.arg_names if n not in constants]
     values_of_bias = {"values": "*fp32"} if kernel is sample.bias_kernel else {}
     types = TYPES | values_of_bias
@@ -48,14 +54,14 @@ def case(name: str, kernel: Any, warps: int, **constants: Any) -> AotCase:
         kernel=kernel,
         signature={n: "i32" if n in NUMBERS else types.get(n, "*i32") for n in names},
         constants=constants,
-        divisible=tuple(n for n in names if n in DIVISIBLE or n not in NUMBERS),
+        divisible=tuple(n for n in names if n in DIVISIBLE or n not in (*NUMBERS, *UNALIGNED)),
         options={"num_warps": warps, **sample.EXACT},
     )
 
 
 def of_tiles(name: str, **changes: bool) -> AotCase:
     """The pass over the logits."""
-    constants = {"NOISE": True, "FILTERS": False, "EDITED": False} | changes
+    constants = {"NOISE": True, "FILTERS": False} | changes
     return case(f"tile {name}", sample.tile_kernel, 4, SIZE=sample.TILE, **constants)
 
 
@@ -67,28 +73,20 @@ def of_vocabulary(vocab: int, has_filters: bool) -> AotCase:
         sample.merge_kernel,
         4,
         TILES=triton.next_power_of_2(tiles),
-        TOPS=triton.next_power_of_2(tiles * 20),
+        TOPS=triton.next_power_of_2(tiles * sample.MOST_TOP),
         FILTERS=has_filters,
     )
 
 
 def of_filters(vocab: int) -> tuple[AotCase, ...]:
-    """The kernels of filtered rows."""
+    """The kernels of filtered rows whose constants depend on the vocabulary."""
     bests = triton.next_power_of_2(triton.cdiv(vocab, sample.TILE))
     tiles = triton.next_power_of_2(triton.cdiv(vocab, sample_filters.TILE))
     size = sample_filters.TILE
-    kernels = sample_filters
+    filters = sample_filters
     return (
-        case(f"count {vocab}", kernels.count_kernel, 8, BESTS=bests, SIZE=size),
-        case(f"list {vocab}", kernels.list_kernel, 16, BESTS=bests, TILES=tiles, SIZE=size),
-        case(
-            f"choose {vocab}",
-            kernels.choose_kernel,
-            8,
-            BESTS=bests,
-            TILES=tiles,
-            SIZE=kernels.CHUNK,
-        ),
+        case(f"count {vocab}", filters.count_kernel, 8, BESTS=bests, SIZE=size),
+        case(f"cut {vocab}", filters.cut_kernel, 8, BESTS=bests, TILES=tiles),
     )
 
 
@@ -98,8 +96,9 @@ CASES: tuple[AotCase, ...] = (
     of_tiles("greedy", NOISE=False),
     of_tiles("noise"),
     of_tiles("filters", FILTERS=True),
-    of_tiles("filters edited", FILTERS=True, EDITED=True),
     *(of_vocabulary(vocab, f) for vocab in (128_256, 262_144) for f in (False, True)),
     *of_filters(128_256),
     *of_filters(262_144),
+    case("list", sample_filters.list_kernel, 8, SIZE=sample_filters.TILE),
+    case("choose", sample_filters.choose_kernel, 8, SIZE=sample_filters.CHUNK),
 )

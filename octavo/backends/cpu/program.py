@@ -21,7 +21,7 @@ from octavo.backends.cpu.plan import (
     RowOp,
     quantized_places,
 )
-from octavo.backends.program import CompileOptions
+from octavo.backends.program import CompileOptions, Done
 from octavo.errors import KernelError
 from octavo.graph import ops as op
 from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
@@ -30,6 +30,8 @@ from octavo.graph.trace import Graph
 
 class CpuProgram:
     """See backends.program.Program."""
+
+    depth = 1
 
     def __init__(
         self,
@@ -141,6 +143,10 @@ class CpuProgram:
             top_logprobs=top_logprobs,
             values={name: self._value(native, name, batch) for name in wants},
         )
+
+    def start(self, batch: Batch, rows: SamplingRows | None) -> Done:
+        """Compute one step at once."""
+        return Done(self.run(batch, rows))
 
     def close(self) -> None:
         """Free everything; the Program is unusable afterwards."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.backends.key_scaling import key_factors
-from octavo.backends.program import CompileOptions, Progress
+from octavo.backends.program import CompileOptions, Done, Progress
 from octavo.backends.reference import operators
 from octavo.backends.reference.cache import PagedCache
 from octavo.backends.reference.sampling import empty_output, sample
@@ -102,6 +102,8 @@ def _prepare(
 
 class ReferenceProgram:
     """See backends.program.Program."""
+
+    depth = 1
 
     def __init__(self, graph: Graph, weights: _Weights, options: CompileOptions) -> None:
         """Keep what `compile` prepared; the cache comes with allocate_cache."""
@@ -201,6 +203,10 @@ class ReferenceProgram:
                 if self._last_use[value] == index and value not in keep:
                     values.pop(value, None)
         return {name: values[value] for name, value in wanted.items()}
+
+    def start(self, batch: Batch, rows: SamplingRows | None) -> Done:
+        """Compute one step at once."""
+        return Done(self.run(batch, rows))
 
     def close(self) -> None:
         """Drop weights and cache."""

@@ -13,13 +13,14 @@ from octavo.backends.key_scaling import key_factors
 from octavo.backends.program import CompileOptions, Progress
 from octavo.backends.torch import weights as there
 from octavo.backends.torch.cache import KVCache
-from octavo.backends.torch.device import choose_dtype, open_device
+from octavo.backends.torch.device import choose_dtype, describe, has_fp8, open_device
 from octavo.backends.torch.execute import GraphExecutor, Weights
 from octavo.backends.torch.int4 import GROUP
 from octavo.backends.torch.lowering import (
     AttentionCall,
     Call,
     EmbedCall,
+    Form,
     LinearCall,
     NormCall,
     lower,
@@ -65,13 +66,19 @@ def compile(
             raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
         stored[name] = weight
     dtype = choose_dtype(options.device, device, stored.values())
+    if not has_fp8(device) and "fp8" in (options.cache_dtype, options.device.quantization):
+        raise ConfigError(
+            f"{describe(device)} has no FP8 of the form e4m3: give --kv-dtype int8, "
+            "--quantization int8"
+        )
     rounded = _rounded(graph, stored, options)
-    calls = lower(graph, lambda name: form_of(stored[name], rounded.get(name)))
+    forms = _forms(graph, stored, rounded, has_fp8(device))
+    calls = lower(graph, forms.__getitem__)
     cache = _cache(graph, options, device)
-    loader = _Loader(stored, rounded, options.max_model_len, (dtype, device), progress)
+    loader = _Loader(stored, rounded, forms, (dtype, device), progress)
     try:
         for call in calls:
-            loader.load(call)
+            loader.load(call, options.max_model_len)
         if options.cache_dtype == "int8":
             loader.load_factors(graph)
     except torch.OutOfMemoryError:
@@ -108,6 +115,14 @@ def _rounded(
     }
 
 
+def _forms(
+    graph: Graph, stored: Mapping[str, StoredTensor], rounded: Mapping[str, str], has_fp8: bool
+) -> Mapping[str, Form]:
+    """The form of every weight of a linear operator."""
+    names = [n.operator.weight for n in graph.nodes if isinstance(n.operator, op.Linear)]
+    return {name: form_of(name, stored[name], rounded.get(name), has_fp8) for name in names}
+
+
 def _nbytes(stored: Mapping[str, StoredTensor]) -> int:
     return sum(weight.nbytes for weight in stored.values())
 
@@ -126,20 +141,20 @@ class _Loader:
         self,
         stored: Mapping[str, StoredTensor],
         rounded: Mapping[str, str],
-        max_model_len: int,
+        forms: Mapping[str, Form],
         place: tuple[torch.dtype, torch.device],
         progress: Progress | None,
     ) -> None:
         self.weights = Weights()
         self._stored = stored
         self._rounded = rounded
-        self._max_model_len = max_model_len
+        self._forms = forms
         self._dtype, self._device = place
         self._progress = progress
         self._done = 0
         self._total = sum(math.prod(weight.shape) for weight in stored.values())
 
-    def load(self, call: Call) -> None:
+    def load(self, call: Call, max_model_len: int) -> None:
         """Bring what one call reads."""
         weights, device = self.weights, self._device
         if isinstance(call, EmbedCall):
@@ -157,7 +172,7 @@ class _Loader:
         elif isinstance(call, AttentionCall):
             angles = call.inv_freq
             if angles is not None and angles not in weights.angles:
-                weights.angles[angles] = _angles(angles, self._max_model_len, device)
+                weights.angles[angles] = _angles(angles, max_model_len, device)
 
     def _product(self, call: LinearCall) -> Product:
         names = [operator.weight for operator in call.operators]
@@ -165,15 +180,16 @@ class _Loader:
         bias = None
         if biases:
             bias = torch.cat([there.dense(b, self._dtype, self._device) for b in biases])
-        form = form_of(self._stored[names[0]], self._rounded.get(names[0]))
-        return make_product(call, form, [self._matrix(name) for name in names], bias)
+        return make_product(
+            call, self._forms[names[0]], [self._matrix(name) for name in names], bias
+        )
 
     def _matrix(self, name: str) -> there.Weight:
         self._count(name)
         tensor, rounding = self._stored[name], self._rounded.get(name)
         if name in self.weights.tables and isinstance(tensor, DenseTensor) and rounding is None:
             return self.weights.tables[name]
-        return bring(tensor, rounding, self._dtype, self._device)
+        return bring(tensor, self._forms[name], rounding, self._dtype, self._device)
 
     def load_factors(self, graph: Graph) -> None:
         """Bring the factors that even out keys before they become codes."""

@@ -27,14 +27,17 @@ Array = NDArray[Any]
 class Staging:
     """Memory of the host that a device can read while it computes, and as much on the device.
 
-    Arrays of the same sizes always come to lie at the same addresses, as a captured graph needs
-    it. What `put` returned is valid until the next call; nothing may read it any longer then.
+    Arrays of the same sizes always come to lie at the same addresses of the device, as a captured
+    graph needs it. The device takes one step after another, so what `put` returned serves the work
+    that is begun before the next call. The host's memory is there twice: while the device has not
+    yet copied what one step has put, the next one is put beside it.
     """
 
     def __init__(self, device: torch.device) -> None:
         """Start with little; it grows."""
         self._device = device
-        self._grow(1 << 16)
+        self._turn = 0
+        self._hosts, self._there = self._make(1 << 16)
 
     def put(self, arrays: Sequence[Array]) -> list[Tensor]:
         """The arrays on the device, uint64 as the same bits in int64."""
@@ -43,11 +46,14 @@ class Staging:
         for array in arrays:
             places.append(end)
             end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if end > len(self._host):
-            self._grow(2 * end)
+        if end > len(self._there):
+            self._hosts, self._there = self._make(2 * end)
+        self._turn = 1 - self._turn
+        host = self._hosts[self._turn]
+        there: NDArray[np.uint8] = host.numpy()
         for array, place in zip(arrays, places, strict=True):
-            self._bytes[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
-        self._there[:end].copy_(self._host[:end], non_blocking=True)
+            there[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
+        self._there[:end].copy_(host[:end], non_blocking=True)
         return [
             self._there[place : place + array.nbytes]
             .view(_DTYPES[array.dtype.name])
@@ -55,15 +61,23 @@ class Staging:
             for array, place in zip(arrays, places, strict=True)
         ]
 
-    def _grow(self, num_bytes: int) -> None:
+    def _make(self, num_bytes: int) -> tuple[list[Tensor], Tensor]:
+        # NOTE: what the device may still copy from is kept alive by torch until it has.
         is_there = self._device.type != "cpu"
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_there)
-        self._bytes: NDArray[np.uint8] = self._host.numpy()
-        self._there = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        hosts = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_there) for _ in range(2)]
+        return hosts, torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
 
 
-def put_step(staging: Staging, batch: Batch) -> tuple[StepArrays, Tensor, Tensor]:
-    """The step's arrays on the device, its token ids, and the rows whose logits are wanted."""
+def put_step(
+    staging: Staging, batch: Batch, last_tokens: Tensor
+) -> tuple[StepArrays, Tensor, Tensor]:
+    """The step's arrays on the device, its token ids, and the rows whose logits are wanted.
+
+    Args:
+        staging: where they lie.
+        batch: the step.
+        last_tokens: what the step before has sampled, on the device.
+    """
     num_sequences = len(batch.seq_lens)
     if batch.block_tables:
         table, slots = batch.block_tables[0], batch.slot_mapping[0]
@@ -74,6 +88,10 @@ def put_step(staging: Staging, batch: Batch) -> tuple[StepArrays, Tensor, Tensor
         np.ascontiguousarray(table), batch.logits_rows,
     ]  # fmt: skip
     ids, positions, slots_there, starts, seq_lens, tables, rows = staging.put(arrays)
+    if (batch.token_ids < 0).any():
+        sampled = last_tokens[(-1 - ids).clamp_min(0)]
+        # A row whose logits were broken has sampled -1; what follows it is thrown away.
+        torch.where(ids < 0, sampled.clamp_min(0), ids, out=ids)
     step = StepArrays(
         positions=positions,
         slots=slots_there,

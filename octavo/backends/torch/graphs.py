@@ -88,12 +88,17 @@ class DecodeGraphs:
         self._sizes: dict[tuple[int, int], _Size] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: Batch) -> Tensor:
-        """The logits [B, vocab] of a decode step; valid until the next call."""
+    def run(self, batch: Batch, last_tokens: Tensor) -> Tensor:
+        """The logits [B, vocab] of a decode step; valid until the next call.
+
+        Args:
+            batch: the step.
+            last_tokens: what the step before has sampled, on the device.
+        """
         padded = pad_decode(batch, self._block_size)
         shape = padded.block_tables[0].shape
         size = self._sizes.setdefault(shape, _Size(Staging(self._device)))
-        step, ids, rows = put_step(size.staging, padded)
+        step, ids, rows = put_step(size.staging, padded, last_tokens)
         # What is captured serves every step of this size.
         step = replace(step, max_seq_len=shape[1] * self._block_size)
         if size.graph is not None:

@@ -12,7 +12,7 @@ from octavo.backends.torch import weights as there
 from octavo.backends.torch.int4 import round_to_int4
 from octavo.backends.torch.kernels import GroupedWeight, Kernels, Quantized, QuantizedWeight
 from octavo.backends.torch.lowering import Form, LinearCall, QuantizeMode
-from octavo.graph.tensors import GroupedTensor, StoredTensor
+from octavo.graph.tensors import BlockFloatTensor, GroupedTensor, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +66,29 @@ ROUNDED: Mapping[str, tuple[there.WeightMode, QuantizeMode]] = {
 """How weights are rounded while loading, and their inputs in each step."""
 
 
-def form_of(tensor: StoredTensor, quantization: str | None) -> Form:
+def form_of(name: str, tensor: StoredTensor, rounding: str | None, has_fp8: bool) -> Form:
     """How a stored matrix is multiplied.
 
     Args:
+        name: the weight's.
         tensor: the matrix.
-        quantization: to round it while loading if it is dense: see DeviceOptions.
+        rounding: how it is rounded while loading, if it is (see DeviceOptions.quantization).
+        has_fp8: what `device.has_fp8` says of the device.
     """
     if isinstance(tensor, GroupedTensor):
         bits = 4 if tensor.bits <= 4 else 8
         has_minimums = tensor.minimums is not None
         return Form(("grouped", bits, tensor.codes.zero, tensor.group, has_minimums))
-    if quantization is not None and quantization in ROUNDED:
-        weight_mode, input_mode = ROUNDED[quantization]
+    if isinstance(tensor, BlockFloatTensor) and has_fp8 and there.can_pack_fp8(tensor):
+        if tensor.scales.shape[1] == 1 and tensor.block[1] > there.BLOCK:
+            return Form(("fp8",), "fp8 token")
+        # Only whole blocks can be joined.
+        whole = "" if tensor.shape[0] % there.BLOCK == 0 else name
+        return Form(("fp8 blocks", whole), "fp8 group")
+    if rounding is not None and rounding in ROUNDED:
+        weight_mode, input_mode = ROUNDED[rounding]
         return Form((weight_mode,), input_mode)
-    return Form(("dense", quantization))
+    return Form(("dense", rounding))
 
 
 def make_product(
@@ -96,14 +104,14 @@ def make_product(
 
 
 def bring(
-    tensor: StoredTensor, quantization: str | None, dtype: torch.dtype, device: torch.device
+    tensor: StoredTensor, form: Form, rounding: str | None, dtype: torch.dtype, device: torch.device
 ) -> there.Weight:
     """A matrix on the device, in its form."""
     if isinstance(tensor, GroupedTensor):
         return there.pack_grouped(tensor, device)
+    if isinstance(tensor, BlockFloatTensor) and form.quantize is not None:
+        return there.pack_fp8(tensor, device)
     weight = there.dense(tensor, dtype, device)
-    if quantization is not None and quantization in ROUNDED:
-        return there.quantize_dense(weight, ROUNDED[quantization][0])
-    if quantization == "int4":
-        return round_to_int4(weight)
-    return weight
+    if rounding is not None and rounding in ROUNDED:
+        return there.quantize_dense(weight, ROUNDED[rounding][0])
+    return round_to_int4(weight) if rounding == "int4" else weight

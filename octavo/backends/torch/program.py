@@ -22,8 +22,29 @@ from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
 from octavo.graph.trace import Graph
 
 
+class Pending:
+    """A step that the device computes; what it samples is on its way to the host."""
+
+    def __init__(self, sampled: Sampled | None) -> None:
+        """Send what is sampled on its way."""
+        self._event: torch.cuda.Event | None = None
+        if sampled is not None and sampled.tokens.device.type == "cuda":
+            sampled = Sampled(*(value.to("cpu", non_blocking=True) for value in sampled))
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._sampled = sampled
+
+    def result(self) -> StepOutput:
+        """Wait for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return _output(self._sampled, {})
+
+
 class TorchProgram:
     """See backends.program.Program."""
+
+    depth = 2
 
     def __init__(
         self,
@@ -41,6 +62,7 @@ class TorchProgram:
         self._device = device
         self._step_staging = Staging(device)
         self._rows_staging = Staging(device)
+        self._last_tokens = torch.zeros(0, dtype=torch.int32, device=device)
         has_graphs = device.type == "cuda" and cache is not None
         self._graphs = DecodeGraphs(device, executor, options.block_size) if has_graphs else None
 
@@ -132,33 +154,46 @@ class TorchProgram:
             KernelError: an array is outside its contract (nothing was computed), or the program is
                 closed.
         """
-        executor = self._alive()
         wants = tuple(wants)
         for name in wants:
             if name not in self._graph.outputs:
                 raise KernelError(f"the graph has no output {name}")
+        values, sampled = self._begin(batch, rows, wants)
+        return _output(sampled, {name: _to_host(values[name]) for name in wants})
+
+    def start(self, batch: Batch, rows: SamplingRows | None) -> Pending:
+        """Begin one step; raises as `run` does."""
+        _, sampled = self._begin(batch, rows, ())
+        return Pending(sampled)
+
+    def _begin(
+        self, batch: Batch, rows: SamplingRows | None, wants: tuple[str, ...]
+    ) -> tuple[Mapping[str, Tensor], Sampled | None]:
+        """Have a step computed; return the outputs that are wanted, and what is sampled."""
+        executor = self._alive()
         self._check(batch, rows)
         with torch.inference_mode():
             if self._graphs is not None and rows is not None and not wants and is_decode(batch):
-                logits = self._graphs.run(batch)
-                return _output(self._sample(logits, rows), {})
+                logits = self._graphs.run(batch, self._last_tokens)
+                return {}, self._sample(logits, rows)
             names = {*wants} | (set() if rows is None else {"logits"})
-            step, ids, logits_rows = put_step(self._step_staging, batch)
+            step, ids, logits_rows = put_step(self._step_staging, batch, self._last_tokens)
             inputs = {
                 name: torch.from_numpy(values).to(self._device, executor.dtype)
                 for name, values in batch.inputs.items()
             }
             values = executor.run(step, ids, logits_rows, inputs, names)
-            sampled = None
-            if rows is not None:
-                logits = values["logits"]
-                sampled = self._sample(logits.clone() if "logits" in wants else logits, rows)
-            return _output(sampled, {name: _to_host(values[name]) for name in wants})
+            if rows is None:
+                return values, None
+            logits = values["logits"]
+            return values, self._sample(logits.clone() if "logits" in wants else logits, rows)
 
     def _sample(self, logits: Tensor, rows: SamplingRows) -> Sampled:
         """Sample from logits, which may be overwritten."""
         arrays = put_rows(self._rows_staging, rows)
-        return self._alive().kernels.sample(logits.float(), arrays)
+        sampled = self._alive().kernels.sample(logits.float(), arrays)
+        self._last_tokens = sampled.tokens
+        return sampled
 
     def close(self) -> None:
         """Free everything; the Program is unusable afterwards."""
@@ -196,7 +231,9 @@ class TorchProgram:
         if len(batch.logits_rows) > limits.max_num_rows:
             faults.append("more rows are sampled than the program was compiled for")
         vocabulary = self._alive().vocabulary
-        faults += _outside("a token id", batch.token_ids, vocabulary)
+        ids = batch.token_ids
+        faults += _outside("a token id", ids[ids >= 0], vocabulary)
+        faults += _outside("a token of the step before", ~ids[ids < 0], len(self._last_tokens))
         faults += _outside("a position", batch.positions, limits.max_model_len)
         faults += _outside("a row of logits", batch.logits_rows, len(batch.token_ids))
         if batch.seq_lens.max(initial=0) > limits.max_model_len:

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from octavo.backends.reference.sampling import gumbel_noise
 from octavo.backends.reference.sampling import sample as expected_sample
 from octavo.backends.torch.kernels import SampleArrays, Sampled
 from octavo.backends.torch.plain import sample as plain
 from octavo.backends.torch.triton import sample as fast
-from octavo.backends.torch.triton import sample_filters
+from octavo.backends.torch.triton import sample_filters, sample_parts
 from octavo.graph.batch import Float32, SamplingRows, StepOutput
 
 Sample = Callable[[torch.Tensor, SampleArrays], Sampled]
@@ -26,7 +28,7 @@ def sample(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
     """Both implementations; tiles are smaller than on a device, where the interpreter is slow."""
     monkeypatch.setattr(fast, "TILE", 1024)
     monkeypatch.setattr(sample_filters, "TILE", 1024)
-    monkeypatch.setattr(sample_filters, "CHUNK", 256)
+    monkeypatch.setattr(sample_filters, "CHUNK", 512)
     return {"plain": plain.sample, "triton": fast.sample}[request.param]
 
 
@@ -115,20 +117,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("vocab", [1, 63, VOCAB])
+@pytest.mark.parametrize("vocab", [1, VOCAB])
 def test_tokens(kit: Any, rng: np.random.Generator, sample: Sample, vocab: int) -> None:
     """Each case in rows of its own, beside the others in one step."""
     names = ("temperature", "top_k", "top_p", "min_p")
     default = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    each = 2 if vocab == VOCAB else 1
-    cases = [default | case for case in CASES.values() for _ in range(each)]
+    cases = [default | case for case in CASES.values()]
     count = len(cases)
     changes = {name: [case[name] for case in cases] for name in names}
     rows = kit.rows(count, **changes, seed=np.arange(count), index=3, position=np.arange(count) * 7)
     actual, expected = sample_both(sample, random_logits(rng, count, vocab), rows)
-    for name, rows_of in zip(CASES, range(0, count, each), strict=True):
-        own = slice(rows_of, rows_of + each)
-        np.testing.assert_array_equal(actual.tokens[own], expected.tokens[own], err_msg=name)
+    found = dict(zip(CASES, actual.tokens.tolist(), strict=True))
+    assert found == dict(zip(CASES, expected.tokens.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("has_filters", [False, True])
@@ -149,7 +149,7 @@ def test_large_vocabulary(
         num_logprobs=5,
         **(filters if has_filters else {}),
     )
-    actual, expected = sample_both(sample, random_logits(rng, 6, 5_001), rows)
+    actual, expected = sample_both(sample, random_logits(rng, 6, 2_501), rows)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     assert_logprobs(actual, expected, rows)
 
@@ -188,6 +188,24 @@ def test_noise_to_the_last_bit(kit: Any) -> None:
     expected = [gumbel_noise(5, 0, 0, 5000), gumbel_noise(2**64 - 3, 9, 2**31 - 1, 5000)]
     np.testing.assert_allclose(actual, expected, rtol=1.3e-7)
     assert np.mean(actual != expected) < 1e-3
+
+
+@triton.jit
+def both_noises(keys, rough, exact, size: tl.constexpr):
+    ids = tl.arange(0, size)
+    key = tl.load(keys).to(tl.uint64)
+    tl.store(rough + ids, sample_parts.fast_noise(key, ids))
+    tl.store(exact + ids, sample_parts.noise(key, ids))
+
+
+def test_fast_noise_is_near() -> None:
+    """Nearer than half of the margin within which tokens are looked at exactly."""
+    size = 2**16
+    rough, exact = torch.empty((2, size))
+    both_noises[(1,)](torch.tensor([12345]), rough, exact, size=size)
+    assert exact.max() > 9  # of a u near 1, which needs the series
+    assert exact.min() < -2
+    torch.testing.assert_close(rough, exact, atol=5e-6, rtol=0)
 
 
 def test_penalties_and_bias(kit: Any, rng: np.random.Generator, sample: Sample) -> None:

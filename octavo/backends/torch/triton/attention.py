@@ -34,6 +34,7 @@ from octavo.backends.torch.triton.attention_shapes import (
 )
 from octavo.backends.torch.triton.attention_split import launch_split
 from octavo.backends.torch.triton.attention_tiles import (
+    LANES,
     UNSEEN,
     attend,
     finish,
@@ -41,9 +42,6 @@ from octavo.backends.torch.triton.attention_tiles import (
     rows_of_tile,
 )
 from octavo.graph import ops as op
-
-LANES = tl.constexpr(128)
-"""Sequences that are looked at at a time."""
 
 
 @triton.jit
@@ -129,7 +127,7 @@ def ragged_kernel(
                 table, values + k_at * HEAD_DIM, scales + k_at,
                 block_stride, scale_stride, scale, cap_scale,
                 KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, CODES, FP8_BITS,
-                P_DTYPE, PRECISION, False,
+                P_DTYPE, PRECISION, True,
             )
             acc, peak, total = merge(acc, peak, total, part_acc, part_peak, part_total)
     else:

@@ -26,10 +26,17 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What of a device decides how kernels are launched."""
+    """What of a device decides how kernels are launched.
+
+    Attributes:
+        processors: streaming multiprocessors, compute units.
+        capability: 80, 90 and so on of NVIDIA; 0 of AMD.
+        reads_fp8: an instruction reads float8_e4m3fn.
+        interpreted: Triton's interpreter runs the kernels.
+    """
 
     processors: int
-    hip: bool
+    capability: int
     reads_fp8: bool
     interpreted: bool = False
 
@@ -44,21 +51,23 @@ class Device:
 def device_of(device: torch.device) -> Device:
     """The facts of a device; made-up ones of a processor, on which the interpreter runs."""
     if device.type != "cuda":
-        return Device(processors=4, hip=False, reads_fp8=True, interpreted=True)
+        return Device(processors=4, capability=90, reads_fp8=True, interpreted=True)
     facts = torch.cuda.get_device_properties(device)
-    hip = torch.version.hip is not None
-    native = (facts.major, facts.minor) >= ((9, 5) if hip else (8, 9))
-    return Device(facts.multi_processor_count, hip, native)
+    version = facts.major * 10 + facts.minor
+    if torch.version.hip is not None:
+        return Device(facts.multi_processor_count, 0, version >= 95)
+    return Device(facts.multi_processor_count, version, version >= 89)
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a kernel cuts its work."""
+    """How a kernel cuts its work: rows and keys of a tile; `registers` is a bound for a thread."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,36 +78,53 @@ class Case:
         dim: the head_dim, padded to a power of two.
         itemsize: bytes of a number of the cache.
         wide: products are of float32.
+        deterministic: the tiles are the same for all steps.
+        capability: of the device.
     """
 
     dim: int
     itemsize: int
     wide: bool
     deterministic: bool
-    hip: bool
+    capability: int
+
+
+def ragged_tiles(case: Case) -> Tiles:
+    """The tiles of the ragged kernel.
+
+    They are what registers hold. On Hopper with a head_dim of 128, two programs of 128 registers a
+    thread share a processor, so that one's matrix instructions run beside the other's softmax.
+    """
+    hopper = case.capability == 90
+    stages = 3 if case.capability else 2
+    warps = 4 if case.dim <= 128 else 8
+    if case.wide:
+        return Tiles(32, 32, 4, stages)
+    if case.deterministic:
+        roomy = case.dim <= 64 or (hopper and case.dim <= 128 and case.itemsize > 1)
+        return Tiles(64, 64 if roomy else 32, warps, stages)
+    if hopper:
+        shared = case.dim == 128 and case.itemsize > 1
+        return Tiles(128, 64, 8, stages, 128 if shared else None)
+    if case.dim > 128:
+        return Tiles(64, 32, warps, stages)
+    return Tiles(128, 64 if case.dim <= 64 or case.capability >= 100 else 32, 8, stages)
 
 
 def split_tiles(case: Case, rows: int) -> Tiles | None:
     """The tiles to split caches with, for the rows of the largest sequence; None: too many."""
-    if case.deterministic:
-        tiles = ragged_tiles(case)
-        return tiles if rows <= tiles.rows else None
-    if rows > MOST_SPLIT_ROWS:
+    tiles = ragged_tiles(case)
+    if rows > min(tiles.rows, MOST_SPLIT_ROWS):
         return None
-    # 16 KiB a tile of keys: much in flight, and two programs share a processor.
-    keys = max(32, min(128, 16384 // (case.dim * case.itemsize)))
-    return Tiles(max(16, triton.next_power_of_2(rows)), keys, 4, 2 if case.hip else 5)
-
-
-def ragged_tiles(case: Case) -> Tiles:
-    """The tiles of the ragged kernel; a deterministic one's are those of both."""
-    stages = 2 if case.hip else 3
-    if case.wide:
-        return Tiles(32 if case.deterministic else 64, 32, 4, stages)
     if case.deterministic:
-        small = case.dim <= 128
-        return Tiles(64, 64 if small else 32, 4 if small else 8, stages)
-    return Tiles(128, 64, 8, stages)
+        return tiles
+    # Numbers enough for one trip to pay, few enough for two programs to share a processor. Loads
+    # that wait for block ids take two stages: five of them keep a tile on its way.
+    keys = max(32, 16384 // (case.dim * max(2, case.itemsize)))
+    rows = max(16, triton.next_power_of_2(rows))
+    if case.capability == 90 and case.itemsize == 1 and not case.wide:
+        rows = 64  # wgmma: codes become numbers once, in the order that they lie in.
+    return Tiles(rows, keys, 4, 5 if case.capability else 2)
 
 
 def product_dtypes(
@@ -156,7 +182,7 @@ def choose_shape(
     dim = max(16, triton.next_power_of_2(operator.head_dim))
     codes = cached.itemsize == 1
     products, weighted = product_dtypes(query, cached, codes)
-    case = Case(dim, cached.itemsize, products == torch.float32, deterministic, device.hip)
+    case = Case(dim, cached.itemsize, products == torch.float32, deterministic, device.capability)
     group = operator.num_heads // operator.num_kv_heads
     heads = min(group, ragged_tiles(case).rows, MOST_SPLIT_ROWS)
     split = split_tiles(case, heads * tokens)
@@ -178,9 +204,15 @@ def choose_shape(
         "FP8_BITS": cached == torch.float8_e4m3fn and not device.reads_fp8,
         "DTYPE": device.name(products),
         "P_DTYPE": device.name(weighted),
-        "PRECISION": "tf32x3" if case.wide and not device.hip else "ieee",
+        "PRECISION": "tf32x3" if case.wide and device.capability else "ieee",
     }
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **FP_FUSION}
+    options: dict[str, Any] = {
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        **FP_FUSION,
+    }
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
     slots = max(1, 2 * device.processors // head_tiles)
     return Shape(split is not None, head_tiles, slots, constants, options)
 

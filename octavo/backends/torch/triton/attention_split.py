@@ -25,6 +25,7 @@ from octavo.backends.torch.triton.attention_shapes import (
     score_factors,
 )
 from octavo.backends.torch.triton.attention_tiles import (
+    LANES,
     UNSEEN,
     attend,
     finish,
@@ -33,8 +34,6 @@ from octavo.backends.torch.triton.attention_tiles import (
 )
 from octavo.graph import ops as op
 
-LANES = tl.constexpr(128)
-"""Sequences that are counted at a time."""
 MERGED_AT_ONCE = tl.constexpr(8)
 LEAST_TILES = tl.constexpr(2)
 """Of keys in a part, where there is a choice."""

@@ -15,6 +15,8 @@ import triton.language as tl
 
 UNSEEN = tl.constexpr(float("-inf"))
 """The peak of a row that has seen no score."""
+LANES = tl.constexpr(32)
+"""Sequences that are counted at a time: each warp has them all, and need not wait for others."""
 
 
 @triton.jit
@@ -140,8 +142,13 @@ def walk(
         k = load_rows(values + spots, dim, HEAD_DIM, DIM)
         scores = tl.dot(query, tl.trans(decode(k, DTYPE, FP8_BITS)), input_precision=PRECISION)
         if CODES:
+            # Those of K and V in one load, or Triton 3.6 has each thread bring all that it uses.
             scale_spots = block * scale_stride + here % BLOCK_SIZE
-            scores *= tl.load(scales + scale_spots)[None, :]
+            pair = scale_spots[:, None] + tl.arange(0, 2)[None, :] * V_AT
+            k_scale, v_scale = tl.split(tl.load(scales + pair))
+            # 0, or NaN of a fault: it goes into the scores, where it can be hidden from a row.
+            fault = v_scale - v_scale
+            scores *= (k_scale + fault)[None, :]
         if SOFT_CAP:  # tanh
             scores = 1.0 - 2.0 / (tl.exp2(scores * cap_scale) + 1.0)
         if MASKED:
@@ -156,7 +163,7 @@ def walk(
         peak = new_peak
         acc *= keep[:, None]
         if CODES:
-            p *= tl.load(scales + V_AT + scale_spots)[None, :]
+            p *= tl.where(fault == 0, v_scale, 0.0)[None, :]
         v = load_rows(values + V_AT * HEAD_DIM + spots, dim, HEAD_DIM, DIM)
         v = decode(v, P_DTYPE, FP8_BITS)
         acc = tl.dot(p.to(P_DTYPE), v, acc, input_precision=PRECISION)

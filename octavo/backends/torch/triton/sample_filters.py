@@ -18,6 +18,7 @@ from octavo.backends.torch.kernels import SampleArrays
 from octavo.backends.torch.triton.sample_parts import (
     INFINITE,
     NO_PAIR,
+    UNALIGNED,
     id_of_pair,
     is_filtered,
     key_of_row,
@@ -28,10 +29,10 @@ from octavo.backends.torch.triton.sample_parts import (
     value_of,
 )
 
-TILE = 8192
+TILE = 4096
 BINS = tl.constexpr(256)
 LISTED = 8192
-CHUNK = 2048
+CHUNK = 1024
 EXACT = {"enable_fp_fusion": False}
 _LARGE = tl.constexpr(0x7FFFFFFF)
 
@@ -57,7 +58,7 @@ def is_chosen_here(order, temperature, top_k, top_p, min_p, vocab):
     return is_finite & is_filtered(temperature, top_k, top_p, min_p, vocab)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def count_kernel(
     logits,
     stride,
@@ -66,8 +67,8 @@ def count_kernel(
     top_p,
     min_p,
     best,
-    counts,
-    masses,
+    counts_out,
+    masses_out,
     vocab,
     num_best,
     BESTS: tl.constexpr,
@@ -87,17 +88,9 @@ def count_kernel(
         # What lies beyond the vocabulary was counted in the last bin.
         count -= tl.where(bins == BINS - 1, tl.maximum((tile + 1) * SIZE - vocab, 0), 0)
         out = row * tl.num_programs(0) + tile
-        tl.store(counts + out.to(tl.int64) * BINS + bins, count)
+        tl.store(counts_out + out.to(tl.int64) * BINS + bins, count)
         if p < 1:
-            tl.store(masses + out, tl.sum(tl.exp(-distance.to(tl.float64)), 0))
-
-
-@triton.jit
-def mass_of(masses, row, num_tiles, top_p, TILES: tl.constexpr):
-    """The sum of a row's weights; 0 where no top_p asks for it."""
-    tiles = tl.arange(0, TILES)
-    there = tiles < tl.where(top_p < 1, num_tiles, 0)
-    return tl.sum(tl.load(masses + row * num_tiles + tiles, there, 0.0), 0)
+            tl.store(masses_out + out, tl.sum(tl.exp(-distance.to(tl.float64)), 0))
 
 
 @triton.jit
@@ -121,56 +114,78 @@ def last_bin(count, mass, top_k, top_p, min_p, vocab):
     return last
 
 
-@triton.jit
-def list_kernel(
-    logits,
-    stride,
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def cut_kernel(
     temperature,
     top_k,
     top_p,
     min_p,
     best,
-    counts,
-    masses,
-    totals,
+    counts_in,
+    masses_in,
+    row_out,
+    first_out,
+    greatest_out,
+    mass_out,
+    vocab,
+    num_best,
+    num_tiles,
+    BESTS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Where to cut a row.
+
+    `row_out` gets its last bin and how many tokens lie up to there, none if it is not chosen here;
+    `first_out` how many of them lie in tiles before each.
+    """
+    row = tl.program_id(0)
+    heat, p = tl.load(temperature + row), tl.load(top_p + row)
+    k, least = tl.load(top_k + row), tl.load(min_p + row)
+    order = greatest_of(best, row, num_best, BESTS)
+    tl.store(row_out + 2 * row + 1, 0)
+    if is_chosen_here(order, heat, k, p, least, vocab):
+        tiles = tl.arange(0, TILES)
+        bins = tl.arange(0, BINS)
+        places = row.to(tl.int64) * num_tiles * BINS + tiles[:, None] * BINS + bins[None, :]
+        count = tl.load(counts_in + places, tiles[:, None] < num_tiles, 0)
+        summed = tiles < tl.where(p < 1, num_tiles, 0)
+        mass = tl.sum(tl.load(masses_in + row * num_tiles + tiles, summed, 0.0), 0)
+        last = last_bin(tl.sum(count, 0), mass, k, p, least, vocab)
+        of_tile = tl.sum(tl.where(bins[None, :] <= last, count, 0), 1)
+        firsts = tl.cumsum(of_tile, 0) - of_tile
+        tl.store(first_out + row * num_tiles + tiles, firsts, tiles < num_tiles)
+        tl.store(row_out + 2 * row, last)
+        tl.store(row_out + 2 * row + 1, tl.sum(of_tile, 0))
+        tl.store(greatest_out + row, value_of(order))
+        tl.store(mass_out + row, mass)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def list_kernel(
+    logits,
+    stride,
+    temperature,
+    row_in,
+    first_in,
+    greatest_in,
     values_out,
     ids_out,
     vocab,
-    num_best,
     room,
-    BESTS: tl.constexpr,
-    TILES: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """List the tokens of a tile that may be kept, after those of the tiles before it.
-
-    `totals` gets how many the row has; where that is more than `room`, none are listed.
-    """
-    tile, row, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    heat, p = tl.load(temperature + row), tl.load(top_p + row)
-    k, least = tl.load(top_k + row), tl.load(min_p + row)
-    greatest = greatest_of(best, row, num_best, BESTS)
-    if is_chosen_here(greatest, heat, k, p, least, vocab):
-        tiles = tl.arange(0, TILES)
-        bins = tl.arange(0, BINS)
-        counts += row.to(tl.int64) * num_tiles * BINS
-        places = tiles[:, None] * BINS + bins[None, :]
-        count = tl.load(counts + places, tiles[:, None] < num_tiles, 0)
-        mass = mass_of(masses, row, num_tiles, p, TILES)
-        last = last_bin(tl.sum(count, 0), mass, k, p, least, vocab)
-        of_tile = tl.sum(tl.where(bins[None, :] <= last, count, 0), 1)
-        total = tl.sum(of_tile, 0)
-        if tile == 0:
-            tl.store(totals + row, total)
-        if total <= room:
-            ids = tile * SIZE + tl.arange(0, SIZE)
-            values = tl.load(logits + row.to(tl.int64) * stride + ids, ids < vocab, float("-inf"))
-            scaled = tl.div_rn(values, heat)
-            listed = (bin_of(value_of(greatest) - scaled) <= last) & (ids < vocab)
-            first = tl.sum(tl.where(tiles < tile, of_tile, 0), 0)
-            place = row * room + first + tl.cumsum(listed.to(tl.int32), 0) - 1
-            tl.store(values_out + place, scaled, listed)
-            tl.store(ids_out + place, ids, listed)
+    """List the tokens of a tile that may be kept, unless its row has more than `room` of them."""
+    tile, row = tl.program_id(0), tl.program_id(1)
+    last, total = tl.load(row_in + 2 * row), tl.load(row_in + 2 * row + 1)
+    if (total > 0) & (total <= room):
+        ids = tile * SIZE + tl.arange(0, SIZE)
+        values = tl.load(logits + row.to(tl.int64) * stride + ids, ids < vocab, float("-inf"))
+        scaled = tl.div_rn(values, tl.load(temperature + row))
+        listed = (bin_of(tl.load(greatest_in + row) - scaled) <= last) & (ids < vocab)
+        first = row * room + tl.load(first_in + row * tl.num_programs(0) + tile)
+        place = first + tl.cumsum(listed.to(tl.int32), 0) - 1
+        tl.store(values_out + place, scaled, listed)
+        tl.store(ids_out + place, ids, listed)
 
 
 @triton.jit
@@ -247,6 +262,31 @@ def kept_of(scaled, there, threshold, kept, seen):
 
 
 @triton.jit
+def limit_of(source, top_k, top_p, mass, greatest, vocab, SIZE: tl.constexpr):
+    """Of top_k and top_p, as threshold_of says; `mass` is the row's, for a top_p alone."""
+    lowest = tl.full((), -INFINITE - 1, tl.int64)  # minus infinity, which no noise lets win
+    threshold, kept = lowest, vocab
+    if (top_k > 0) & (top_k < vocab):
+        bound = top_k.to(tl.float64)
+        threshold, kept = threshold_of(source, bound, greatest, lowest, False, SIZE)
+        if top_p < 1:
+            seen = 0
+            sums = tl.zeros((SIZE,), tl.float64)
+            for first in range(0, source[4], SIZE):
+                scaled, _, there = tokens_of(source, first, SIZE)
+                keep, seen = kept_of(scaled, there, threshold, kept, seen)
+                sums += weights_of(scaled, greatest, keep)
+            mass = tl.sum(sums, 0)
+    if top_p < 1:
+        bound = tl.maximum(top_p.to(tl.float64) * mass, 1e-300)
+        low = tl.maximum(threshold - 1, lowest)
+        at, number = threshold_of(source, bound, greatest, low, True, SIZE)
+        kept = tl.where(at > threshold, number, tl.minimum(number, kept))
+        threshold = tl.maximum(at, threshold)
+    return threshold, kept
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def choose_kernel(
     logits,
     stride,
@@ -257,61 +297,36 @@ def choose_kernel(
     seed,
     index,
     position,
-    best,
-    masses,
-    totals,
+    row_in,
+    greatest_in,
+    mass_in,
     listed_values,
     listed_ids,
     tokens,
     vocab,
-    num_best,
-    num_tiles,
     room,
-    BESTS: tl.constexpr,
-    TILES: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """The token of a filtered row."""
     row = tl.program_id(0)
-    heat, p = tl.load(temperature + row), tl.load(top_p + row)
-    k, least = tl.load(top_k + row), tl.load(min_p + row)
-    order = greatest_of(best, row, num_best, BESTS)
-    if is_chosen_here(order, heat, k, p, least, vocab):
-        greatest = value_of(order)
-        size = tl.load(totals + row)
-        values, is_list = listed_values + row * room, size <= room
+    size = tl.load(row_in + 2 * row + 1)
+    if size > 0:
+        greatest = tl.load(greatest_in + row)
+        values, is_list, divisor = listed_values + row * room, size <= room, 1.0
         if size > room:
-            values, size = logits + row.to(tl.int64) * stride, vocab
-        divisor = tl.where(is_list, 1.0, heat)
+            values, divisor = logits + row.to(tl.int64) * stride, tl.load(temperature + row)
+            size = vocab
         source = (values, listed_ids + row * room, is_list, divisor, size)
-        low = tl.full((), -INFINITE - 1, tl.int64)  # minus infinity, which no noise lets win
-        threshold, kept = low, vocab
-        mass = mass_of(masses, row, num_tiles, p, TILES)
-        if (k > 0) & (k < vocab):
-            threshold, kept = threshold_of(source, k.to(tl.float64), greatest, low, False, SIZE)
-            if p < 1:
-                seen = 0
-                sums = tl.zeros((SIZE,), tl.float64)
-                for first in range(0, size, SIZE):
-                    scaled, _, there = tokens_of(source, first, SIZE)
-                    keep, seen = kept_of(scaled, there, threshold, kept, seen)
-                    sums += weights_of(scaled, greatest, keep)
-                mass = tl.sum(sums, 0)
-        if p < 1:
-            bound = tl.maximum(p.to(tl.float64) * mass, 1e-300)
-            floor = tl.maximum(threshold - 1, low)
-            at, number = threshold_of(source, bound, greatest, floor, True, SIZE)
-            kept = tl.where(at > threshold, number, tl.minimum(number, kept))
-            threshold = tl.maximum(at, threshold)
-
+        k, p = tl.load(top_k + row), tl.load(top_p + row)
+        threshold, kept = limit_of(source, k, p, tl.load(mass_in + row), greatest, vocab, SIZE)
+        least = tl.minimum(tl.load(min_p + row), 1.0).to(tl.float64)
         key = key_of_row(tl.load(seed + row), tl.load(index + row), tl.load(position + row))
-        least_weight = tl.minimum(least, 1.0).to(tl.float64)
         winner = tl.full((), NO_PAIR, tl.int64)
         seen = 0
         for first in range(0, size, SIZE):
             scaled, ids, there = tokens_of(source, first, SIZE)
             keep, seen = kept_of(scaled, there, threshold, kept, seen)
-            keep = keep & (weights_of(scaled, greatest, there) >= least_weight)
+            keep = keep & (weights_of(scaled, greatest, there) >= least)
             pairs = pairs_of(scaled + noise(key, ids), ids)
             winner = tl.maximum(winner, tl.max(tl.where(keep, pairs, NO_PAIR), 0))
         tl.store(tokens + row, id_of_pair(winner))
@@ -320,52 +335,40 @@ def choose_kernel(
 def choose(logits: Tensor, rows: SampleArrays, best: Tensor, tokens: Tensor) -> None:
     """Write the tokens of the filtered rows; `best` are the tiles' best pairs before noise."""
     count, vocab = logits.shape
-    num_tiles, num_best = triton.cdiv(vocab, TILE), best.shape[1]
+    num_best, num_tiles = best.shape[1], triton.cdiv(vocab, TILE)
+    bests, tiles = triton.next_power_of_2(num_best), triton.next_power_of_2(num_tiles)
+    grid = (num_tiles, count)
+    source = (logits, logits.stride(0), rows.temperature)
+    filters = (rows.temperature, rows.top_k, rows.top_p, rows.min_p)
     counts = logits.new_empty((count, num_tiles, BINS.value), dtype=torch.int32)
     masses = logits.new_empty((count, num_tiles), dtype=torch.float64)
-    totals = logits.new_empty(count, dtype=torch.int32)
-    room = min(LISTED, vocab)
-    values = logits.new_empty((count, room))
-    ids = logits.new_empty((count, room), dtype=torch.int32)
-    row = (logits, logits.stride(0), rows.temperature, rows.top_k, rows.top_p, rows.min_p)
-    bests, tiles = triton.next_power_of_2(num_best), triton.next_power_of_2(num_tiles)
-    sizes = {"BESTS": bests, "SIZE": TILE}
-    grid = (num_tiles, count)
-    count_kernel[grid](*row, best, counts, masses, vocab, num_best, **sizes, num_warps=8, **EXACT)
-    list_kernel[grid](
-        *row,
+    count_kernel[grid](
+        *source[:2],
+        *filters,
         best,
         counts,
         masses,
-        totals,
-        values,
-        ids,
         vocab,
         num_best,
-        room,
-        TILES=tiles,
-        **sizes,
-        num_warps=16,
-        **EXACT,
-    )
-    choose_kernel[(count,)](
-        *row,
-        rows.seed,
-        rows.index,
-        rows.position,
-        best,
-        masses,
-        totals,
-        values,
-        ids,
-        tokens,
-        vocab,
-        num_best,
-        num_tiles,
-        room,
         BESTS=bests,
-        TILES=tiles,
-        SIZE=CHUNK,
+        SIZE=TILE,
         num_warps=8,
         **EXACT,
+    )
+    cuts = logits.new_empty((count, 2), dtype=torch.int32)
+    firsts = logits.new_empty((count, num_tiles), dtype=torch.int32)
+    greatest = logits.new_empty(count)
+    mass = masses.new_empty(count)
+    found = (best, counts, masses, cuts, firsts, greatest, mass)
+    sizes = (vocab, num_best, num_tiles)
+    cut_kernel[(count,)](*filters, *found, *sizes, BESTS=bests, TILES=tiles, num_warps=8, **EXACT)
+    room = min(LISTED, vocab)
+    values = logits.new_empty((count, room))
+    ids = logits.new_empty((count, room), dtype=torch.int32)
+    listed = (cuts, firsts, greatest, values, ids, vocab, room)
+    list_kernel[grid](*source, *listed, SIZE=TILE, num_warps=8, **EXACT)
+    noise_of = (rows.seed, rows.index, rows.position)
+    chosen = (cuts, greatest, mass, values, ids, tokens, vocab, room)
+    choose_kernel[(count,)](
+        *source[:2], *filters, *noise_of, *chosen, SIZE=CHUNK, num_warps=8, **EXACT
     )

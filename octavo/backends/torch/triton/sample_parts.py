@@ -14,6 +14,24 @@ _FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 _SECOND = tl.constexpr(0x94D049BB133111EB)
 _LOW = tl.constexpr(0x7FFFFFFF)
 NO_PAIR = tl.constexpr(-(2**63))
+UNALIGNED = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "index",
+    "position",
+    "repetition",
+    "presence",
+    "frequency",
+    "num_logprobs",
+    "start",
+    "ids",
+    "values",
+    "counts",
+)
+"""Arguments that may lie anywhere in one piece of memory: where must not compile kernels anew."""
 INFINITE = tl.constexpr(0x7F800000)
 """The order of infinity; only NaN's is above it."""
 

@@ -1,0 +1,247 @@
+"""Whole graphs in torch: with its own kernels and with Triton's, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.backends import reference
+from octavo.backends import torch as backend
+from octavo.backends.program import CompileOptions, DeviceOptions, Program
+from octavo.backends.torch.arrays import Staging, put_step
+from octavo.backends.torch.graphs import is_decode, pad_decode, padded_count, padded_width
+from octavo.backends.torch.lowering import Form, LinearCall, NormCall, lower
+from octavo.backends.torch.program import TorchProgram
+from octavo.errors import ConfigError, KernelError
+from octavo.graph.batch import Batch
+from octavo.graph.tensors import DenseTensor, StoredTensor
+from octavo.graph.trace import Graph, Ops
+from octavo.models.llama import llama
+from octavo.models.llama_config import LlamaConfig
+from octavo.models.rope import RopeConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=70,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+    rope=RopeConfig(theta=300.0),
+    attention_bias=True,
+)
+Table = Literal["plain", "triton"]
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return llama(Ops(), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def weights(graph: Graph) -> dict[str, StoredTensor]:
+    rng = np.random.default_rng(2)
+    stored: dict[str, StoredTensor] = {}
+    for name, shape in graph.weights.items():
+        spread = 1.5 / shape[-1] ** 0.5 if len(shape) == 2 else 0.3
+        values = rng.normal("norm" in name, spread, shape)
+        stored[name] = DenseTensor(values.astype(np.float32), "f32")
+    return stored
+
+
+def options(cache_dtype: str = "fp16", **device: Any) -> CompileOptions:
+    return CompileOptions(
+        num_threads=1,
+        block_size=8,
+        max_num_tokens=64,
+        max_num_rows=16,
+        max_model_len=64,
+        cache_dtype=cache_dtype,  # type: ignore[arg-type]
+        device=DeviceOptions(**device),
+    )
+
+
+def steps(kit: Any) -> list[Batch]:
+    """A prompt and a chunk of another; then both go on, one by one token, and a third begins."""
+    rng = np.random.default_rng(4)
+    first, second, third = [3, 1], [4, 2, 6], [5]
+    ids = rng.integers(0, CONFIG.vocab_size, 40).tolist()
+    return [
+        kit.batch([kit.Part(first, 0, 9), kit.Part(second, 0, 11)], 8, token_ids=ids[:20]),
+        kit.batch(
+            [kit.Part(first, 9, 1), kit.Part(second, 11, 6), kit.Part(third, 0, 3)],
+            8,
+            token_ids=ids[20:30],
+        ),
+        kit.batch(
+            [kit.Part(first, 10, 1), kit.Part(second, 17, 1), kit.Part(third, 3, 1)],
+            8,
+            token_ids=ids[30:33],
+        ),
+    ]
+
+
+def logits_of(program: Program, batches: list[Batch]) -> list[np.ndarray]:
+    program.allocate_cache(8)
+    try:
+        return [program.run(batch, None, ("logits",)).values["logits"] for batch in batches]
+    finally:
+        program.close()
+
+
+@pytest.mark.parametrize(
+    ("table", "cache_dtype", "deterministic"),
+    [
+        ("plain", "fp16", False),
+        ("plain", "fp16", True),
+        ("plain", "int8", False),
+        ("plain", "fp8", False),
+        ("triton", "fp16", False),
+        ("triton", "int8", True),
+    ],
+)
+def test_a_model_as_the_reference_computes_it(
+    kit: Any,
+    graph: Graph,
+    weights: dict[str, StoredTensor],
+    table: Table,
+    cache_dtype: str,
+    deterministic: bool,
+) -> None:
+    chosen = options(cache_dtype, kernels=table, deterministic=deterministic)
+    exact = options("fp32" if cache_dtype == "fp8" else cache_dtype)
+    ours = logits_of(backend.compile(graph, weights, chosen), steps(kit))
+    theirs = logits_of(reference.compile(graph, weights, exact), steps(kit))
+    bound = {"fp16": 2e-3, "int8": 8e-2, "fp8": 1.2}[cache_dtype]
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(actual, expected, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("table", "quantization"),
+    [("plain", "int8"), ("plain", "int4"), ("plain", "fp8"), ("triton", "int4"), ("triton", "fp8")],
+)
+def test_weights_rounded_while_loading(
+    kit: Any, graph: Graph, weights: dict[str, StoredTensor], table: Table, quantization: str
+) -> None:
+    dense = backend.compile(graph, weights, options())
+    rounded = backend.compile(graph, weights, options(kernels=table, quantization=quantization))
+    matrices = sum(
+        np.prod(shape) for name, shape in graph.weights.items() if name.endswith("proj.weight")
+    )
+    saved = {"int8": 3, "fp8": 3, "int4": 2.5}[quantization]  # bytes of 4, as float32
+    assert dense.weights_bytes - rounded.weights_bytes > saved * 0.9 * matrices
+    ours, exact = logits_of(rounded, steps(kit)), logits_of(dense, steps(kit))
+    bound = {"int8": 0.1, "fp8": 0.3, "int4": 0.6}[quantization]
+    for actual, expected in zip(ours, exact, strict=True):
+        error = np.square(actual - expected).mean() / np.square(expected).mean()
+        assert bound**2 / 50 < error < bound**2
+
+
+@pytest.mark.parametrize("table", ["plain", "triton"])
+def test_rows_that_pad_a_step_change_nothing(
+    kit: Any, graph: Graph, weights: dict[str, StoredTensor], table: Table
+) -> None:
+    program = backend.compile(graph, weights, options(kernels=table, deterministic=True))
+    *before, batch = steps(kit)
+    program.allocate_cache(8)
+    for step in before:
+        program.run(step, None)
+    blocks = np.arange(8, dtype=np.int32)
+    start = program.read_blocks(blocks)
+    expected = program.run(batch, None, ("logits",)).values["logits"]
+    after = program.read_blocks(blocks)
+    program.write_blocks(blocks, start)
+    padded = pad_decode(batch, 8)
+    assert (len(padded.token_ids), padded.block_tables[0].shape) == (4, (4, 128))
+    logits = run_padded(program, padded)
+    assert logits[:3].tobytes() == expected.tobytes()
+    assert np.isfinite(logits).all()
+    assert program.read_blocks(blocks).tobytes() == after.tobytes()
+
+
+def run_padded(program: TorchProgram, batch: Batch) -> np.ndarray:
+    """As captured graphs are computed."""
+    executor = program._alive()
+    step, ids, rows = put_step(Staging(torch.device("cpu")), batch, torch.zeros(0))
+    step = replace(step, max_seq_len=batch.block_tables[0].shape[1] * 8)
+    values = executor.run(step, ids, rows, {}, {"logits"})
+    return np.array(values["logits"].float().numpy())
+
+
+def test_sizes_of_captured_steps() -> None:
+    counts = [padded_count(count) for count in range(1, 300)]
+    assert all(padded >= count for count, padded in enumerate(counts, start=1))
+    assert all(padded <= max(8, 1.26 * count + 7) for count, padded in enumerate(counts, start=1))
+    assert len(set(counts)) <= 24
+    assert [padded_count(n) for n in (1, 2, 3, 9, 64, 65, 256)] == [1, 2, 4, 16, 64, 80, 256]
+    assert [padded_width(n, 16) for n in (1, 64, 65, 300, 5000)] == [64, 64, 256, 1024, 16384]
+
+
+def test_what_counts_as_decode(kit: Any) -> None:
+    *mixed, decode = steps(kit)
+    assert is_decode(decode)
+    assert not any(is_decode(step) for step in mixed)
+    assert not is_decode(replace(decode, logits_rows=np.array([0, 2, 1], np.int32)))
+    assert not is_decode(replace(decode, logits_rows=np.array([0], np.int32)))
+
+
+def test_operators_run_together(graph: Graph) -> None:
+    calls = lower(graph, lambda name: Form(("dense",)))
+    per_layer = len([c for c in calls if isinstance(c, LinearCall)]) - 1
+    assert per_layer == CONFIG.num_hidden_layers * 4  # qkv, o, gate and up, down
+    norms = [c for c in calls if isinstance(c, NormCall)]
+    assert [norm.residual is not None for norm in norms] == [False, True, True]
+    # Embedding, head and the choice of rows; five kinds of calls a layer beside the last norm.
+    assert len(calls) == 3 + 1 + CONFIG.num_hidden_layers * 8
+
+
+def test_norms_round_for_the_products_that_follow(graph: Graph) -> None:
+    def form(name: str) -> Form:
+        return Form(("dense",)) if "lm_head" in name else Form(("codes",), "fp8 token")
+
+    norms = [call for call in lower(graph, form) if isinstance(call, NormCall)]
+    assert [norm.quantize for norm in norms[:-1]] == ["fp8 token"] * 2
+    assert norms[-1].quantize is None, "the head, and the output named hidden, want numbers"
+
+
+def test_weights_of_two_kinds_are_not_joined(graph: Graph) -> None:
+    calls = lower(graph, lambda name: Form(("k" if "k_proj" in name else "other",)))
+    joined = [[o.weight for o in c.operators] for c in calls if isinstance(c, LinearCall)]
+    assert [len(names) for names in joined[:2]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": np.array([1, 70, 3], np.int32)}, "a token id"),
+        ({"slot_mapping": (np.array([1, 2, 64], np.int32),)}, "a slot"),
+        ({"block_tables": (np.array([[3, 1, 0], [4, 2, 6], [8, 0, 0]], np.int32),)}, "a block"),
+        ({"block_tables": (np.array([[3, 1], [4, 2], [5, 0]], np.int32),)}, "too short"),
+        ({"logits_rows": np.array([0, 3], np.int32)}, "a row of logits"),
+        ({"seq_lens": np.array([11, 65, 4], np.int32)}, "max_model_len"),
+        ({"query_start_loc": np.array([0, 1, 1, 3], np.int32)}, "query_start_loc"),
+    ],
+)
+def test_a_batch_that_would_read_elsewhere_is_refused(
+    kit: Any, graph: Graph, weights: dict[str, StoredTensor], change: dict[str, Any], message: str
+) -> None:
+    program = backend.compile(graph, weights, options())
+    program.allocate_cache(8)
+    with pytest.raises(KernelError, match=message):
+        program.run(replace(steps(kit)[2], **change), None)
+
+
+def test_what_this_backend_lacks_is_named(weights: dict[str, StoredTensor]) -> None:
+    ops = Ops()
+    rotated = ops.rope(ops.input("x", 16), 16, CONFIG.rope.inv_freq(16))
+    with pytest.raises(ConfigError, match="rotates queries and keys of attention alone"):
+        backend.compile(ops.finish(out=ops.add(rotated, rotated)), {}, options())
