@@ -1,13 +1,12 @@
 """Products with grouped weights of 4 or 8 bits and 16-bit activations (W4A16, W8A16).
 
-A code becomes a number without a conversion: its bits, moved to the top of the mantissa of 1.0,
-make 1 + code / 2**bits, and one multiplication and addition with the group's scale (and minimum)
-makes the weight: three instructions and half a conversion each. The words' layout (weights.py)
-gives 16 columns of consecutive x at a time: the K of one tensor core instruction.
+A code becomes a number without a conversion: its bits, moved to the upper mantissa of 1.0, make 1
+plus a multiple of it, and one multiplication and addition with the group's scale (and minimum) makes
+the weight. The words' layout (weights.py) gives a thread 16 bytes that share a scale.
 
-- One token: dot products in float32 without tensor cores, of 64 rows of the weight a program, words
-  straight into registers. The floor is the packed bytes over bandwidth; instructions allow about 70
-  % of it on an H200.
+- One token: dot products in float32 without tensor cores, words straight into registers, 32 outputs
+  a program, its warps sharing the columns. The floor is the packed bytes over bandwidth; 5.3
+  instructions a weight (as compiled for sm_90) allow three quarters of it on an H200.
 - Up to 256 tokens, and any number if deterministic: tensor cores, the weight unpacked in registers
   to the dtype of x. 16 tokens a tile when there are not more or when deterministic (one tile for
   all T, and so one order of sums), else 64.
@@ -35,6 +34,7 @@ _MAX_TOKENS = 256
 _LEAST_BLOCKS = 4
 _BAND = 64
 FEW_OUTPUTS = 8192
+"""Up to so many, one token's programs have 16 warps: there is one program a processor or less."""
 _SCRATCH_NUMBERS = 1 << 27
 
 
