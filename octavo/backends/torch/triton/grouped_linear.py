@@ -1,8 +1,8 @@
 """Products with grouped weights of 4 or 8 bits and 16-bit activations (W4A16, W8A16).
 
 A code becomes a number without a conversion: its bits, moved to the upper mantissa of 1.0, make 1
-plus a multiple of it, and one multiplication and addition with the group's scale (and minimum) makes
-the weight. The words' layout (weights.py) gives a thread 16 bytes that share a scale.
+plus a multiple of it, and one multiplication and addition with the group's scale (and minimum)
+makes the weight. The words' layout (weights.py) gives a thread 16 bytes that share a scale.
 
 - One token: dot products in float32 without tensor cores, words straight into registers, 32 outputs
   a program, its warps sharing the columns. The floor is the packed bytes over bandwidth; 5.3
@@ -33,10 +33,9 @@ FEW_TOKENS, MANY_TOKENS = 16, 64
 _MAX_TOKENS = 256
 _LEAST_BLOCKS = 4
 _BAND = 64
-FEW_OUTPUTS = 8192
-"""Up to so many, one token's programs have 16 warps: there is one program a processor or less."""
+FEW_OUTPUTS = 4096
+"""Up to so many, no processor of an H200 has a second program, so each has twice the warps."""
 _SCRATCH_NUMBERS = 1 << 27
-
 
 ASCENDING = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 """Which of the dimensions along which nothing lies side by side in memory Triton gives threads
