@@ -51,7 +51,7 @@ def exact_dot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches Triton anew for each function that a kernel calls: a third of the time."""
+    """Patching Triton anew for each function that a kernel calls takes a third of the time."""
     original = interpreter.InterpretedFunction.__call__
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
