@@ -338,3 +338,13 @@ def test_a_fault_of_codes_is_seen_by_what_sees_it(attention: Attention, which: i
         assert actual[20:, :2].isnan().all()
         assert torch.isfinite(actual[:20]).all()
         assert torch.isfinite(actual[:, 2:]).all(), "the other kv head"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("window", [None, 64, 65, 66])
+def test_where_masks_begin_and_end(window: int | None, deterministic: bool) -> None:
+    """Rows next to the edges of tiles of keys, of 64: what all rows see whole has no masks."""
+    operator = operator_of(30, 1, 16, window=window)
+    pool = Pool.of([132], F16, operator)
+    for start in (125, 126, 127, 128):
+        check(ragged.attention, pool, [(0, start, 3)], F16, deterministic)
