@@ -177,6 +177,23 @@ def run_padded(program: TorchProgram, batch: Batch) -> np.ndarray:
     return np.array(values["logits"].float().numpy())
 
 
+def test_the_largest_steps_need_a_pool_of_one_block(
+    graph: Graph, weights: dict[str, StoredTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = backend.compile(graph, weights, options())
+    run, steps = program.run, []
+
+    def note(batch: Batch, rows: Any) -> Any:
+        steps.append((len(batch.token_ids), int(batch.seq_lens.max()), len(batch.logits_rows)))
+        return run(batch, rows)
+
+    monkeypatch.setattr(program, "run", note)
+    program._run_largest()
+    assert steps == [(64, 64, 16), (16, 64, 16)]
+    assert program.spare_bytes() is None, "torch's CPU device has no memory of its own"
+    program.allocate_cache(3)
+
+
 def test_sizes_of_captured_steps() -> None:
     counts = [padded_count(count) for count in range(1, 300)]
     assert all(padded >= count for count, padded in enumerate(counts, start=1))
