@@ -125,6 +125,20 @@ def test_a_model_as_the_reference_computes_it(
         np.testing.assert_allclose(actual, expected, atol=bound, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 0.03), ("fp16", 0.004)])
+@pytest.mark.parametrize("table", ["plain", "triton"])
+def test_half_precision(
+    kit: Any, graph: Graph, weights: dict[str, StoredTensor], table: Table, dtype: str, bound: float
+) -> None:
+    ours = logits_of(
+        backend.compile(graph, weights, options(kernels=table, dtype=dtype)), steps(kit)
+    )
+    theirs = logits_of(reference.compile(graph, weights, options()), steps(kit))
+    for actual, expected in zip(ours, theirs, strict=True):
+        error = np.square(actual - expected).mean() / np.square(expected).mean()
+        assert (bound / 20) ** 2 < error < bound**2
+
+
 @pytest.mark.parametrize(
     ("table", "quantization"),
     [("plain", "int8"), ("plain", "int4"), ("plain", "fp8"), ("triton", "int4"), ("triton", "fp8")],
