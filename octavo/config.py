@@ -21,6 +21,10 @@ from octavo.errors import ConfigError
 Quantization = Literal["int8", "int4", "fp8"]
 Backend = Literal["cpu", "torch", "reference"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4", "fp8")
+DEFAULT_DEVICE = "cuda"
+TOKEN_BUDGET = 512
+"""Tokens of a step on a CPU: docs/decisions/003-token-budget.md."""
+GPU_TOKEN_BUDGET = 2048
 KVDtype = Literal["fp16", "int8", "fp8"]
 KV_DTYPES: tuple[KVDtype, ...] = ("fp16", "int8", "fp8")
 
@@ -61,7 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = TOKEN_BUDGET
     max_num_waiting: int = 2048
     block_size: int = 16
     kv_dtype: KVDtype = "fp16"
@@ -71,7 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_disk_bytes: int = 10 << 30
     policy: Literal["fcfs", "priority", "fair"] = "fcfs"
     backend: Backend = "cpu"
-    device: str = "cuda"
+    device: str = DEFAULT_DEVICE
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     deterministic: bool = False
     quantization: Quantization | None = None
@@ -106,6 +110,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.memory_bytes is None and not is_on_gpu(self.backend, self.device):
             faults.append("--memory must be given where the KV cache lies in the host's memory")
+        if self.backend != "torch" and self.dtype != "auto":
+            faults.append(f"--dtype is of --backend torch; the {self.backend} backend has one form")
+        if self.backend != "torch" and self.device not in (DEFAULT_DEVICE, "cpu"):
+            faults.append(f"--device {self.device} needs --backend torch, not {self.backend}")
         if self.kv_disk is not None and not self.use_prefix_cache:
             faults.append("--kv-disk keeps prefixes: leave out --no-prefix-cache, or --kv-disk")
         if self.kv_host_bytes > 0:
@@ -167,15 +175,22 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 """Files that the drivers of NVIDIA and AMD make."""
 
 
-def choose_backend(asked: Backend | Literal["auto"]) -> Backend:
+def choose_backend(asked: Backend | Literal["auto"], device: str | None) -> Backend:
     """The backend that was asked for; "auto": torch where it and a GPU are, else cpu.
 
-    Imports nothing: torch takes seconds.
+    A device that was named decides. Imports nothing: torch takes seconds.
     """
     if asked != "auto":
         return asked
+    if device is not None:
+        return "cpu" if device == "cpu" else "torch"
     has_gpu = any(map(os.path.exists, _GPU_DRIVERS))
     return "torch" if has_gpu and importlib.util.find_spec("torch") is not None else "cpu"
+
+
+def token_budget(backend: Backend, device: str) -> int:
+    """The tokens of a step, if nobody says: a GPU needs many to be busy."""
+    return GPU_TOKEN_BUDGET if is_on_gpu(backend, device) else TOKEN_BUDGET
 
 
 def is_on_gpu(backend: Backend, device: str) -> bool:

@@ -9,14 +9,18 @@ from typing import Any
 
 from octavo.cli.progress import ProgressLine
 from octavo.config import (
+    DEFAULT_DEVICE,
+    GPU_TOKEN_BUDGET,
     KV_DTYPES,
     QUANTIZATIONS,
+    TOKEN_BUDGET,
     EngineConfig,
     available_cpus,
     choose_backend,
     is_on_gpu,
     parse_size,
     plan_memory,
+    token_budget,
 )
 from octavo.errors import ConfigError
 from octavo.weights import source
@@ -80,8 +84,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--max-num-batched-tokens", type=number, metavar="TOKENS",
-        default=fields["max_num_batched_tokens"],
-        help="token budget of a step (default: %(default)s)",
+        help=f"token budget of a step (default: {TOKEN_BUDGET}; on a GPU {GPU_TOKEN_BUDGET})",
     )  # fmt: skip
     group.add_argument(
         "--max-num-waiting", type=number, metavar="N", default=fields["max_num_waiting"],
@@ -125,8 +128,8 @@ def _add_backend(group: argparse._ActionsContainer, fields: Mapping[str, Any]) -
         "are, else cpu)",
     )  # fmt: skip
     group.add_argument(
-        "--device", metavar="NAME", default=fields["device"],
-        help="of torch: cuda or cuda:N, AMD's too (default: %(default)s)",
+        "--device", metavar="NAME",
+        help=f"cpu, or cuda or cuda:N, AMD's too, for torch (default there: {fields['device']})",
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default=fields["dtype"],
@@ -147,8 +150,9 @@ def resolve_model(name: str) -> Path:
 def engine_config(options: argparse.Namespace) -> EngineConfig:
     """The validated configuration of one engine; fetches the model if needed."""
     path = resolve_model(options.model)
-    backend = choose_backend(options.backend)
-    is_left_to_gpu = options.memory is None and is_on_gpu(backend, options.device)
+    backend = choose_backend(options.backend, options.device)
+    device = DEFAULT_DEVICE if options.device is None else options.device
+    is_left_to_gpu = options.memory is None and is_on_gpu(backend, device)
     return EngineConfig(
         model=str(path),
         served_name=options.model,
@@ -156,7 +160,11 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         num_threads=options.threads if options.threads is not None else available_cpus(),
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_batched_tokens=(
+            token_budget(backend, device)
+            if options.max_num_batched_tokens is None
+            else options.max_num_batched_tokens
+        ),
         max_num_waiting=options.max_num_waiting,
         block_size=options.block_size,
         kv_dtype=options.kv_dtype,
@@ -166,7 +174,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         kv_disk_bytes=options.kv_disk_size,
         policy=options.policy,
         backend=backend,
-        device=options.device,
+        device=device,
         dtype=options.dtype,
         deterministic=options.deterministic,
         quantization=options.quantization,

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 import msgspec
 
 from octavo.config import (
+    DEFAULT_DEVICE,
     EngineConfig,
     KVDtype,
     Quantization,
@@ -19,6 +20,7 @@ from octavo.config import (
     is_on_gpu,
     parse_size,
     plan_memory,
+    token_budget,
 )
 from octavo.engine.core import EngineCore
 from octavo.engine.output import OutputProcessor
@@ -352,8 +354,9 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
     host_size, disk_size = options.get("kv_host", 0), options.get("kv_disk_size", "10GiB")
     renamed = {"memory", "threads", "prefix_cache", "kv_host", "kv_disk_size"}
     others = {name: value for name, value in options.items() if name not in renamed}
-    backend = choose_backend(options.get("backend", "auto"))
-    if memory is None and is_on_gpu(backend, options.get("device", "cuda")):
+    backend = choose_backend(options.get("backend", "auto"), options.get("device"))
+    device = options.get("device", DEFAULT_DEVICE)
+    if memory is None and is_on_gpu(backend, device):
         memory_bytes = None
     else:
         memory_bytes = plan_memory(parse_size(memory) if isinstance(memory, str) else memory)
@@ -362,6 +365,7 @@ def engine_config(model: str, options: LLMOptions) -> EngineConfig:
         "model": str(path),
         "served_name": model,
         "memory_bytes": memory_bytes,
+        "max_num_batched_tokens": token_budget(backend, device),
         "num_threads": available_cpus() if threads is None else threads,
         "max_num_waiting": sys.maxsize,
         "use_prefix_cache": options.get("prefix_cache", True),

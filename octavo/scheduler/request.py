@@ -90,7 +90,8 @@ class Sequence:
             look ahead, those that steps in flight sample, but for one that ends it.
         num_computed_tokens: tokens whose K and V are in the cache, or will be when the steps in
             flight have returned.
-        num_in_flight: steps in flight that it is part of.
+        num_foreseen_tokens: as far as num_known_tokens may run ahead of what is known.
+        last_step: the number of the last step that it is part of.
         num_expected_tokens: how many there are to compute, as it looked when it began to wait.
         row: its name towards the runner while it runs.
         beam: its part of a beam search.
@@ -104,7 +105,8 @@ class Sequence:
     table: BlockTable
     num_known_tokens: int = 0
     num_computed_tokens: int = 0
-    num_in_flight: int = 0
+    num_foreseen_tokens: int = 0
+    last_step: int = 0
     num_expected_tokens: int = 0
     status: Status = Status.WAITING
     row: int = -1
@@ -118,11 +120,14 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Append a sampled token; return why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
-        self.num_known_tokens = max(self.num_known_tokens, len(self.token_ids))
+        num_tokens = len(self.token_ids)
+        if num_tokens > self.num_known_tokens:
+            self.num_known_tokens = num_tokens
         request = self.request
-        if token_id in request.stop_ids and self.num_output_tokens > request.params.min_tokens:
+        num_output = num_tokens - request.num_prompt_tokens
+        if token_id in request.stop_ids and num_output > request.params.min_tokens:
             return "stop"
-        return "length" if len(self.token_ids) >= self.max_num_tokens else None
+        return "length" if num_tokens >= self.max_num_tokens else None
 
     @property
     def num_remaining_tokens(self) -> int:

@@ -112,7 +112,9 @@ class Scheduler:
         self._groups = Groups(self._cache, self._rows, self._wait)
         self._supply = BlockSupply(self._cache, self._rows, self._groups, self._waiting, self._wait)
         self._in_flight: deque[Step] = deque()
-        self._num_ending = 0  # Sequences that have ended; a step in flight still has them.
+        self._num_planned = 0
+        self._num_returned = 0
+        self._ending: list[Sequence] = []  # They have ended; a step in flight still has them.
         self._now = 0.0
         self._num_arrivals = 0
         self._num_unstarted_requests = 0
@@ -191,7 +193,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot of the scheduler's share of the statistics."""
-        num_running = len(self._rows.running) - self._num_ending
+        num_running = len(self._rows.running) - len(self._ending)
         cache = CacheStats(
             num_blocks=self._cache.num_blocks,
             num_blocks_used=self._cache.num_referenced_blocks,
@@ -217,7 +219,8 @@ class Scheduler:
         self._rows.check_invariants()
         for seq in self._rows.running:
             assert seq.num_computed_tokens <= seq.num_known_tokens <= seq.max_num_tokens
-            assert seq.num_in_flight or len(seq.token_ids) == seq.num_known_tokens
+            is_in_flight = seq.last_step > self._num_returned
+            assert is_in_flight or len(seq.token_ids) == seq.num_known_tokens
             num_slots = len(seq.table.block_ids) * self._block_size
             assert seq.num_computed_tokens <= num_slots, "a computed token has no slot"
         alive = [seq for request in self._requests.values() for seq in request.sequences]
@@ -247,6 +250,7 @@ class Scheduler:
         if not step.scheduled:
             return SchedulerOutput()
         step.begin()
+        self._num_planned = step.number
         self._in_flight.append(step)
         stores, loads = self._tiers.take()
         return SchedulerOutput(
@@ -264,32 +268,29 @@ class Scheduler:
         if not self._in_flight:
             return []
         step = self._in_flight.popleft()
+        self._num_returned = step.number
         for seq, num_computed in step.unsampled:
-            if self._has_returned(seq):
+            if seq.status is Status.RUNNING:
                 self._cache.commit(seq.table, seq.token_ids, num_computed)
         updates = []
         for seq, sampled in zip(step.sampling, output.sampled, strict=True):
-            if not self._has_returned(seq):
+            if seq.status is not Status.RUNNING:
                 continue  # It was aborted meanwhile, or it or its group has ended.
             if seq.request.search is None:
                 updates.append(self._accept(seq, sampled))
             else:
                 updates += self._accept_beam(seq, seq.request.search, sampled)
-        return updates
-
-    def _has_returned(self, seq: Sequence) -> bool:
-        """A step that it was part of has returned; whether it still runs."""
-        seq.num_in_flight -= 1
-        if seq.status is Status.FINISHED and not seq.num_in_flight:
-            self._num_ending -= 1
+        for seq in [one for one in self._ending if one.last_step <= step.number]:
+            self._ending.remove(seq)
             self._groups.give_back(seq)
-        return seq.status is Status.RUNNING
+        return updates
 
     # ---- Planning ------------------------------------------------------------------------------
 
     def _plan(self, now: float) -> Step:
         """Fill a step."""
-        step = Step(now, self._config.max_num_batched_tokens, may_preempt=not self._in_flight)
+        budget, number = self._config.max_num_batched_tokens, self._num_planned + 1
+        step = Step(now, budget, number, may_preempt=not self._in_flight)
         prompts = self._schedule_decodes(step)
         if step.num_left:
             self._schedule_prompts(step, prompts)
@@ -525,8 +526,8 @@ class Scheduler:
         seq.status = Status.FINISHED
         if status is Status.WAITING:
             self._waiting.remove(seq)
-        elif status is Status.RUNNING and seq.num_in_flight:
-            self._num_ending += 1
+        elif status is Status.RUNNING and seq.last_step > self._num_returned:
+            self._ending.append(seq)
             seq.num_known_tokens = seq.num_computed_tokens
         elif status is Status.RUNNING:
             self._groups.give_back(seq)
@@ -558,6 +559,7 @@ class Scheduler:
         """The sequences of a new request, all of them held."""
         rank = urgency(self._config.policy, request.priority, now), self._num_arrivals
         prompt = array("i", request.prompt_ids)
+        most = self._limits.max_num_tokens(request)
         return [
             Sequence(
                 request=record,
@@ -565,7 +567,8 @@ class Scheduler:
                 rank=(*rank, index),
                 token_ids=prompt[:],
                 num_known_tokens=len(prompt),
-                max_num_tokens=self._limits.max_num_tokens(request),
+                num_foreseen_tokens=most - 1 if record.can_look_ahead else 0,
+                max_num_tokens=most,
                 table=self._cache.new_table(request.cache.salt, request.cache.scope),
                 status=Status.HELD,
             )

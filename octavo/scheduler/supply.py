@@ -21,6 +21,7 @@ class Step:
         num_left: what is left of the token budget.
         may_admit: nobody has been preempted or turned away in this step yet.
         admitted_blocks: the first blocks of each sequence that was admitted.
+        number: steps are numbered from 1.
         may_preempt: no step is in flight; otherwise nobody is preempted.
         unsampled: sequences of which only a part of the prompt is computed, and how many of their
             tokens are then.
@@ -29,6 +30,7 @@ class Step:
 
     now: float
     num_left: int
+    number: int
     may_preempt: bool
     may_admit: bool = True
     new_sequences: list[NewSequence] = field(default_factory=list)
@@ -45,11 +47,12 @@ class Step:
 
     def begin(self) -> None:
         """The step is on its way: what it samples may be planned with from now on."""
+        number = self.number
         for seq, _ in self.unsampled:
-            seq.num_in_flight += 1
+            seq.last_step = number
         for seq in self.sampling:
-            seq.num_in_flight += 1
-            if seq.request.can_look_ahead and seq.num_known_tokens + 1 < seq.max_num_tokens:
+            seq.last_step = number
+            if seq.num_known_tokens < seq.num_foreseen_tokens:
                 seq.num_known_tokens += 1
 
 

@@ -167,7 +167,7 @@ def test_logits_and_greedy_text(case: str, quality: ModuleType, tmp_path: Path) 
         "torch", model, weights, max_len=64, cache_dtype="fp32", num_threads=1
     )
     error = np.abs(there.logits([(0, ids)]) - expected)
-    assert error.max() < 2e-2 if not case.startswith("fp8") else 0.01 < error.mean() < 0.15
+    assert error.max() < 2e-2 if not case.startswith("fp8") else 0.05 < error.mean() < 0.25
     ours = quality.Stream.compile("cpu", model, weights, max_len=128)
     logits = ours.logits([(0, ids)])
     plan = make_plan(str(tmp_path), 1 << 20)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, choose_backend
 from octavo.errors import ConfigError, ModelFileError
 from octavo.graph.tensors import StoredTensor
 from octavo.runner import quantization
@@ -86,6 +87,37 @@ def test_an_unknown_kv_dtype_is_refused(tiny_model_path: Path) -> None:
 def test_fp8_is_of_the_torch_backend(tiny_model_path: Path, backend: str, option: str) -> None:
     with pytest.raises(ConfigError, match="fp8 needs --backend torch"):
         config(tiny_model_path, **{"backend": backend, option: "fp8"}).validate()
+
+
+def test_what_only_torch_knows_is_not_ignored(tiny_model_path: Path) -> None:
+    for options, message in (
+        ({"dtype": "bf16"}, "--dtype is of --backend torch"),
+        ({"device": "cuda:1"}, "--device cuda:1 needs --backend torch"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config(tiny_model_path, backend="cpu", **options).validate()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "has_gpu", "backend"),
+    [
+        ("auto", None, False, "cpu"),
+        ("auto", None, True, "torch"),
+        ("auto", "cpu", True, "cpu"),
+        ("auto", "cuda", False, "torch"),
+        ("torch", "cpu", False, "torch"),
+        ("reference", None, True, "reference"),
+    ],
+)
+def test_the_backend_that_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: Any, device: str | None, has_gpu: bool,
+    backend: str,
+) -> None:  # fmt: skip
+    driver = tmp_path / "driver"
+    if has_gpu:
+        driver.touch()
+    monkeypatch.setattr("octavo.config._GPU_DRIVERS", (str(driver),))
+    assert choose_backend(asked, device) == backend
 
 
 def test_a_gpu_alone_finds_out_how_much_memory_it_has(tiny_model_path: Path) -> None:

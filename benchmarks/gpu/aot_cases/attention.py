@@ -118,7 +118,7 @@ def _cases() -> Iterator[AotCase]:
                     kind = "split" if shape.split else "ragged"
                     name = f"attention {kind} {end}"
                     yield _case(name, kernel, types, constants, shape.options)
-                    if shape.split and (model, query) in (("Llama-8B", BF16), ("Gemma3-4B", BF16)):
+                    if shape.split and (model, cached) in (("Llama-8B", BF16), ("Gemma3-4B", BF16)):
                         name, constants = f"attention merge {end}", shape.merge_constants
                         yield _case(name, merge_kernel, types, constants, MERGE_OPTIONS)
 

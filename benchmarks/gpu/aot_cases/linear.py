@@ -81,7 +81,7 @@ def _grouped(
         bits, group, has_minimums = FORMS[form]
         constants: dict[str, Any] = {
             "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums, "HAS_BIAS": False,
-            "bias": None,
+            "bias": None, "ASCENDING": grouped_linear.ASCENDING,
         }  # fmt: skip
         types = {
             "x": f"*{dtype}", "words": "*i32", "scales": "*fp16", "minimums": "*fp16",
@@ -120,7 +120,7 @@ def _unpacks() -> Iterator[AotCase]:
         }  # fmt: skip
         constants: dict[str, Any] = {
             "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums,
-            "TILE_N": grouped_linear.TILE_N,
+            "TILE_N": grouped_linear.TILE_N, "ASCENDING": grouped_linear.ASCENDING,
         }  # fmt: skip
         if not has_minimums:
             types.pop("minimums")

@@ -13,9 +13,8 @@ from octavo.backends.key_scaling import key_factors
 from octavo.backends.program import CompileOptions, Progress
 from octavo.backends.torch import weights as there
 from octavo.backends.torch.cache import KVCache
-from octavo.backends.torch.device import choose_dtype, describe, open_device
+from octavo.backends.torch.device import choose_dtype, describe, has_fp8, open_device
 from octavo.backends.torch.execute import GraphExecutor, Weights
-from octavo.backends.torch.fp8 import has_fp8
 from octavo.backends.torch.int4 import GROUP
 from octavo.backends.torch.lowering import (
     AttentionCall,

@@ -15,6 +15,10 @@ _NATIVE_BF16 = (8, 0)
 """The first compute capability that multiplies bfloat16."""
 
 
+_FIRST_FP8 = (8, 9)
+"""The first that multiplies e4m3."""
+
+
 def open_device(name: str) -> torch.device:
     """The device of that name: "cpu", "cuda" or "cuda:1" (of ROCm too, as in torch).
 
@@ -43,6 +47,7 @@ def open_device(name: str) -> torch.device:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(index)  # Triton launches where torch stands.
     return torch.device("cuda", index)
 
 
@@ -66,6 +71,14 @@ def choose_dtype(
         if isinstance(weight, DenseTensor) and len(weight.shape) == 2 and weight.dtype == "f16":
             return torch.float16
     return half
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether products of e4m3 codes run there; AMD's first FP8 is of another form."""
+    if device.type == "cpu":
+        return True
+    capability: tuple[int, int] = torch.cuda.get_device_capability(device)
+    return torch.version.hip is None and capability >= _FIRST_FP8
 
 
 def describe(device: torch.device) -> str:

@@ -151,10 +151,8 @@ class GraphExecutor:
 
 def _embed(table: Tensor, token_ids: Tensor, scale: float) -> Tensor:
     rows = table[token_ids]
-    if scale == 1.0:
-        return rows
-    factor = torch.tensor(scale, dtype=torch.float32, device=rows.device)
-    return (rows.float() * factor).to(rows.dtype)
+    # A number of Python is rounded to float32 by the product, as the contract says.
+    return rows if scale == 1.0 else (rows.float() * scale).to(rows.dtype)
 
 
 def _dense(values: Values, number: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.backends.torch.kernels import GroupedWeight
-from octavo.backends.torch.weights import _words, block_columns
+from octavo.backends.torch.weights import block_columns, pack_words
 
 GROUP = 32
 MOST = 15
@@ -38,7 +38,7 @@ def round_to_int4(weight: Tensor) -> GroupedWeight:
         rows = slice(start, min(start + _ROWS, num_rows))
         groups = weight[rows].float().unflatten(1, (-1, GROUP))
         codes, scale, minimum = _best(groups)
-        words[:, rows] = _words(codes.flatten(1), 4)
+        words[:, rows] = pack_words(codes.flatten(1), 4)
         scales[: columns // GROUP, rows] = scale.T
         minimums[: columns // GROUP, rows] = minimum.T
     return GroupedWeight(

@@ -173,12 +173,10 @@ class QuantizedWeight:
         codes: [out_features, in_features] int8 or float8_e4m3fn.
         scales: float32: [1, 1] of the whole, [out_features, 1] of rows, or [ceil(out / 128),
             ceil(in / 128)] of blocks of 128 by 128.
-        input_scale: one static scale of the input, float32 []; None: made for each token.
     """
 
     codes: Tensor
     scales: Tensor
-    input_scale: Tensor | None = None
 
 
 Activation = Literal["silu", "gelu"]

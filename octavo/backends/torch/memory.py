@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from octavo.backends.program import CompileOptions
 from octavo.backends.torch.transfers import DEVICE_BYTES
-from octavo.graph.batch import Bias, Filters, Noise, Penalties, SamplingRows
+from octavo.graph.batch import Batch, Bias, Filters, Noise, Penalties, SamplingRows
 
 GRAPH_BYTES = 256 << 20
 """What captured graphs and the libraries' workspaces take later on."""
@@ -28,6 +30,29 @@ def measure_spare_bytes(device: torch.device, run_largest: Callable[[], None]) -
     free, total = torch.cuda.mem_get_info(device)
     others = GRAPH_BYTES + DEVICE_BYTES + int(MARGIN * total)
     return max(0, int(free) - int(peak) - others)
+
+
+def largest_step(counts: NDArray[np.intp], seq_len: int, limits: CompileOptions) -> Batch:
+    """A step of sequences that are all in block 0, with as many sampled rows as there may be.
+
+    Args:
+        counts: tokens of each sequence.
+        seq_len: of each sequence, those tokens included.
+        limits: the sizes that the Program is made for.
+    """
+    num_tokens = int(counts.sum())
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    from_end = np.repeat(starts[1:], counts) - np.arange(num_tokens, dtype=np.int32)
+    width = -(-seq_len // limits.block_size)
+    return Batch(
+        token_ids=np.zeros(num_tokens, np.int32),
+        positions=(seq_len - from_end).astype(np.int32)[None],
+        query_start_loc=starts,
+        seq_lens=np.full(len(counts), seq_len, np.int32),
+        block_tables=(np.zeros((len(counts), width), np.int32),),
+        slot_mapping=(np.zeros(num_tokens, np.int32),),
+        logits_rows=np.arange(min(num_tokens, limits.max_num_rows), dtype=np.int32),
+    )
 
 
 def sampling_rows(count: int) -> SamplingRows:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from octavo.backends.torch import weights as there
-from octavo.backends.torch.fp8 import bring_fp8, scales_of
 from octavo.backends.torch.int4 import round_to_int4
 from octavo.backends.torch.kernels import GroupedWeight, Kernels, Quantized, QuantizedWeight
 from octavo.backends.torch.lowering import Form, LinearCall, QuantizeMode
@@ -74,14 +73,14 @@ def form_of(name: str, tensor: StoredTensor, rounding: str | None, has_fp8: bool
         name: the weight's.
         tensor: the matrix.
         rounding: how it is rounded while loading, if it is (see DeviceOptions.quantization).
-        has_fp8: what `fp8.has_fp8` says of the device.
+        has_fp8: what `device.has_fp8` says of the device.
     """
     if isinstance(tensor, GroupedTensor):
         bits = 4 if tensor.bits <= 4 else 8
         has_minimums = tensor.minimums is not None
         return Form(("grouped", bits, tensor.codes.zero, tensor.group, has_minimums))
-    if isinstance(tensor, BlockFloatTensor) and has_fp8 and (scales := scales_of(tensor)):
-        if scales[1] == 1:
+    if isinstance(tensor, BlockFloatTensor) and has_fp8 and there.can_pack_fp8(tensor):
+        if tensor.scales.shape[1] == 1 and tensor.block[1] > there.BLOCK:
             return Form(("fp8",), "fp8 token")
         # Only whole blocks can be joined.
         whole = "" if tensor.shape[0] % there.BLOCK == 0 else name
@@ -111,7 +110,7 @@ def bring(
     if isinstance(tensor, GroupedTensor):
         return there.pack_grouped(tensor, device)
     if isinstance(tensor, BlockFloatTensor) and form.quantize is not None:
-        return bring_fp8(tensor, device)
+        return there.pack_fp8(tensor, device)
     weight = there.dense(tensor, dtype, device)
     if rounding is not None and rounding in ROUNDED:
         return there.quantize_dense(weight, ROUNDED[rounding][0])

@@ -15,7 +15,7 @@ from octavo.backends.torch.device import describe
 from octavo.backends.torch.execute import GraphExecutor
 from octavo.backends.torch.graphs import DecodeGraphs, is_decode
 from octavo.backends.torch.kernels import Sampled
-from octavo.backends.torch.memory import measure_spare_bytes, sampling_rows
+from octavo.backends.torch.memory import largest_step, measure_spare_bytes, sampling_rows
 from octavo.backends.torch.transfers import PendingRows, Transfers, host_memory
 from octavo.errors import KernelError
 from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
@@ -95,25 +95,21 @@ class TorchProgram:
         return measure_spare_bytes(self._device, self._run_largest)
 
     def _run_largest(self) -> None:
-        """Compute a step as large as can be, over a cache of one block."""
+        """Compute steps as large as can be, over a cache of one block.
+
+        A prompt has the most tokens, one token of each of the most sequences the longest contexts.
+        """
         limits = self._options
         num_tokens = min(limits.max_num_tokens, limits.max_model_len)
-        num_rows = min(limits.max_num_rows, num_tokens)
-        num_blocks = -(-num_tokens // limits.block_size)
-        counting = np.arange(num_tokens, dtype=np.int32)
-        batch = Batch(
-            token_ids=np.zeros(num_tokens, np.int32),
-            positions=counting[None],
-            query_start_loc=np.array([0, num_tokens], np.int32),
-            seq_lens=np.array([num_tokens], np.int32),
-            block_tables=(np.zeros((1, num_blocks), np.int32),),
-            slot_mapping=(np.zeros(num_tokens, np.int32),),
-            logits_rows=counting[:num_rows],
+        steps = (
+            largest_step(np.array([num_tokens]), num_tokens, limits),
+            largest_step(np.ones(limits.max_num_rows, np.intp), limits.max_model_len, limits),
         )
         if self._cache is not None:
             self._cache.allocate(1)
         try:
-            self.run(batch, sampling_rows(num_rows))
+            for batch in steps:
+                self.run(batch, sampling_rows(len(batch.logits_rows)))
         finally:
             if self._cache is not None:
                 self._cache.release()

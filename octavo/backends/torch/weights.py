@@ -62,8 +62,6 @@ def block_columns(bits: int) -> int:
 
 def dense(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A weight in floating point, of any stored form, rounded once."""
-    if isinstance(tensor, BlockFloatTensor):
-        return torch.from_numpy(tensor.dequantize()).to(device, dtype)
     if isinstance(tensor, DenseTensor):
         stored = _to_device(tensor.data, torch.device("cpu"))
         if tensor.dtype == "bf16":
@@ -103,7 +101,7 @@ def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
     minimums = None if tensor.minimums is None else torch.zeros_like(scales)
     factors = torch.empty(num_rows, dtype=torch.float32, device=device)
     for rows in _chunks(tensor.shape):
-        words[:, rows] = _words(_codes(tensor.codes, rows, device), bits)
+        words[:, rows] = pack_words(_codes(tensor.codes, rows, device), bits)
         scale = _scales(tensor.scales, rows, device)
         peak = scale.abs() * 2.0**bits
         if tensor.minimums is not None and minimums is not None:
@@ -152,11 +150,9 @@ def can_pack_fp8(tensor: BlockFloatTensor) -> bool:
 def pack_fp8(tensor: BlockFloatTensor, device: torch.device) -> QuantizedWeight:
     """A weight that is stored in fp8, its codes as they are; see `can_pack_fp8`."""
     assert can_pack_fp8(tensor)
-    static = tensor.input_scale
     return QuantizedWeight(
         _to_device(tensor.codes, device).view(torch.float8_e4m3fn),
         _to_device(tensor.scales, device),
-        None if static is None else torch.tensor(static, dtype=torch.float32, device=device),
     )
 
 
@@ -205,8 +201,6 @@ def can_concat(weights: Sequence[Weight]) -> bool:
     parts = [w for w in weights if isinstance(w, QuantizedWeight)]
     if len(parts) < len(weights) or any(w.codes.dtype != first.codes.dtype for w in parts):
         return False
-    if any((w.input_scale is None) != (first.input_scale is None) for w in parts):
-        return False
     if not any(has_block_scales(w) for w in parts):
         return True
     return all(has_block_scales(w) for w in parts) and all(
@@ -215,10 +209,7 @@ def can_concat(weights: Sequence[Weight]) -> bool:
 
 
 def concat(weights: Sequence[Weight]) -> Weight:
-    """One weight of all their out_features, one after another; see `can_concat`.
-
-    Static scales of the input become the greatest of them.
-    """
+    """One weight of all their out_features, one after another; see `can_concat`."""
     assert can_concat(weights)
     first = weights[0]
     if isinstance(first, Tensor):
@@ -230,11 +221,9 @@ def concat(weights: Sequence[Weight]) -> Weight:
     scales = [
         w.scales if has_block_scales(w) else w.scales.expand(w.codes.shape[0], 1) for w in parts
     ]
-    static = [w.input_scale for w in parts if w.input_scale is not None]
     return QuantizedWeight(
         torch.cat([w.codes.view(torch.uint8) for w in parts]).view(first.codes.dtype),
         torch.cat(scales),
-        torch.stack(static).amax() if static else None,
     )
 
 
@@ -308,7 +297,7 @@ def _scales(scales: Scales, rows: slice, device: torch.device) -> Tensor:
     return (d[:, :, None] * factors.unflatten(1, (d.shape[1], -1))).flatten(1)
 
 
-def _words(codes: Tensor, bits: int) -> Tensor:
+def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes [rows, columns] as words, int32 [blocks, rows, 16]."""
     columns = codes.shape[1]
     block = block_columns(bits)

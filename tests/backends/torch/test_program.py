@@ -125,6 +125,20 @@ def test_a_model_as_the_reference_computes_it(
         np.testing.assert_allclose(actual, expected, atol=bound, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 0.03), ("fp16", 0.004)])
+@pytest.mark.parametrize("table", ["plain", "triton"])
+def test_half_precision(
+    kit: Any, graph: Graph, weights: dict[str, StoredTensor], table: Table, dtype: str, bound: float
+) -> None:
+    ours = logits_of(
+        backend.compile(graph, weights, options(kernels=table, dtype=dtype)), steps(kit)
+    )
+    theirs = logits_of(reference.compile(graph, weights, options()), steps(kit))
+    for actual, expected in zip(ours, theirs, strict=True):
+        error = np.square(actual - expected).mean() / np.square(expected).mean()
+        assert (bound / 20) ** 2 < error < bound**2
+
+
 @pytest.mark.parametrize(
     ("table", "quantization"),
     [("plain", "int8"), ("plain", "int4"), ("plain", "fp8"), ("triton", "int4"), ("triton", "fp8")],
@@ -175,6 +189,23 @@ def run_padded(program: TorchProgram, batch: Batch) -> np.ndarray:
     step = replace(step, max_seq_len=batch.block_tables[0].shape[1] * 8)
     values = executor.run(step, ids, rows, {}, {"logits"})
     return np.array(values["logits"].float().numpy())
+
+
+def test_the_largest_steps_need_a_pool_of_one_block(
+    graph: Graph, weights: dict[str, StoredTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = backend.compile(graph, weights, options())
+    run, steps = program.run, []
+
+    def note(batch: Batch, rows: Any) -> Any:
+        steps.append((len(batch.token_ids), int(batch.seq_lens.max()), len(batch.logits_rows)))
+        return run(batch, rows)
+
+    monkeypatch.setattr(program, "run", note)
+    program._run_largest()
+    assert steps == [(64, 64, 16), (16, 64, 16)]
+    assert program.spare_bytes() is None, "torch's CPU device has no memory of its own"
+    program.allocate_cache(3)
 
 
 def test_sizes_of_captured_steps() -> None:

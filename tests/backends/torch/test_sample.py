@@ -117,7 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("vocab", [1, 63, VOCAB])
+@pytest.mark.parametrize("vocab", [1, VOCAB])
 def test_tokens(kit: Any, rng: np.random.Generator, sample: Sample, vocab: int) -> None:
     """Each case in rows of its own, beside the others in one step."""
     names = ("temperature", "top_k", "top_p", "min_p")
@@ -149,7 +149,7 @@ def test_large_vocabulary(
         num_logprobs=5,
         **(filters if has_filters else {}),
     )
-    actual, expected = sample_both(sample, random_logits(rng, 6, 3_001), rows)
+    actual, expected = sample_both(sample, random_logits(rng, 6, 2_501), rows)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     assert_logprobs(actual, expected, rows)
 

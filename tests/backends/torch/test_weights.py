@@ -114,18 +114,14 @@ def test_concat_grouped(
 
 
 @pytest.mark.parametrize("block", [(1, 300), (270, 300), (128, 128), (64, 128), (1, 128)])
-@pytest.mark.parametrize("input_scale", [None, 0.5])
 def test_fp8_as_stored(
-    rng: np.random.Generator,
-    block: tuple[int, int],
-    input_scale: float | None,
-    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "_CHUNK", 100 * 300)
     grid = -(-270 // block[0]), -(-300 // block[1])
     codes = rng.integers(0, 256, (270, 300), np.uint8)
     codes[codes & 0x7F == 0x7F] = 0  # NaN
-    tensor = BlockFloatTensor(codes, rng.random(grid, np.float32), block, input_scale)
+    tensor = BlockFloatTensor(codes, rng.random(grid, np.float32), block)
     expected = torch.from_numpy(tensor.dequantize())
     assert torch.equal(weights.dense(tensor, torch.float32, CPU), expected)
     assert torch.equal(weights.dense(tensor, torch.bfloat16, CPU), expected.bfloat16())
@@ -133,7 +129,6 @@ def test_fp8_as_stored(
     if weights.can_pack_fp8(tensor):
         packed = weights.pack_fp8(tensor, CPU)
         assert torch.equal(weights.dequantize(packed), expected)
-        assert (None if packed.input_scale is None else packed.input_scale.item()) == input_scale
 
 
 @pytest.mark.parametrize("mode", ["int8 row", "fp8 row", "fp8 block"])
@@ -167,7 +162,7 @@ def test_concat_quantized(mode: str) -> None:
     parts = [torch.randn(rows, 200) for rows in (128, 130)]
     if mode == "fp8 whole":
         quantized = [
-            QuantizedWeight(p.to(torch.float8_e4m3fn), torch.tensor([[s]]), torch.tensor(s))
+            QuantizedWeight(p.to(torch.float8_e4m3fn), torch.tensor([[s]]))
             for p, s in zip(parts, (0.5, 2.0), strict=True)
         ]
     else:
@@ -176,8 +171,5 @@ def test_concat_quantized(mode: str) -> None:
     both = weights.concat(quantized)
     expected = torch.cat([weights.dequantize(q) for q in quantized])
     assert torch.equal(weights.dequantize(both), expected)
-    assert (both.input_scale is None) == (mode != "fp8 whole")
-    if both.input_scale is not None:
-        assert both.input_scale.item() == 2.0
     # Blocks of rows that are not whole cannot be followed by others.
     assert weights.can_concat(quantized[::-1]) == (mode != "fp8 block")

@@ -92,8 +92,8 @@ class Case:
 def ragged_tiles(case: Case) -> Tiles:
     """The tiles of the ragged kernel.
 
-    They are what registers hold. On Hopper with a head_dim of 128, two programs of 128 registers a
-    thread share a processor, so that one's matrix instructions run beside the other's softmax.
+    They are what registers hold. On Hopper with a head_dim up to 128, two programs of 128 registers
+    a thread share a processor, so that one's matrix instructions run beside the other's softmax.
     """
     hopper = case.capability == 90
     stages = 3 if case.capability else 2
@@ -104,7 +104,7 @@ def ragged_tiles(case: Case) -> Tiles:
         roomy = case.dim <= 64 or (hopper and case.dim <= 128 and case.itemsize > 1)
         return Tiles(64, 64 if roomy else 32, warps, stages)
     if hopper:
-        shared = case.dim == 128 and case.itemsize > 1
+        shared = case.dim <= 128 and case.itemsize > 1
         return Tiles(128, 64, 8, stages, 128 if shared else None)
     if case.dim > 128:
         return Tiles(64, 32, warps, stages)

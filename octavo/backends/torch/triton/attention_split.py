@@ -272,14 +272,17 @@ def launch_split(
 ) -> None:
     """Write the attention of a step whose every sequence fits into one tile to `out`."""
     num_sequences = len(arrays.seq_lens)
-    parts = most_parts(arrays, shape)
+    slots = shape.slots
+    if 2 * num_sequences > slots:
+        slots *= 2  # Shorter parts, in two rounds: a last one that is not full matters less.
+    parts = most_parts(arrays, shape, slots)
     whole = parts == num_sequences
     size = 0 if whole else parts * arrays.max_query_len * operator.num_heads
     partial = torch.empty((size, operator.head_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((2, size), dtype=torch.float32, device=q.device)
     lists = (arrays.starts, arrays.seq_lens)
-    plan = (num_sequences, arrays.max_query_len, size, shape.slots)
-    split_kernel[min(parts, num_sequences + shape.slots), shape.head_tiles](
+    plan = (num_sequences, arrays.max_query_len, size, slots)
+    split_kernel[min(parts, num_sequences + slots), shape.head_tiles](
         q,
         *cache_tensors(cache, shape),
         arrays.block_tables,
@@ -301,14 +304,14 @@ def launch_split(
         )
 
 
-def most_parts(arrays: StepArrays, shape: Shape) -> int:
+def most_parts(arrays: StepArrays, shape: Shape, slots: int) -> int:
     """A bound of the parts of all sequences; as many as these if each is sure to have but one."""
     num_sequences = len(arrays.seq_lens)
     segment: int = shape.constants["SEGMENT"]
     window: int = shape.constants["WINDOW"]
     if not segment:
         least = LEAST_TILES.value * shape.constants["BLOCK_N"]
-        return num_sequences + (shape.slots if arrays.max_seq_len > least else 0)
+        return num_sequences + (slots if arrays.max_seq_len > least else 0)
     segments = -(-arrays.max_seq_len // segment)
     if window:
         segments = min(segments, (window + arrays.max_query_len - 3) // segment + 2)

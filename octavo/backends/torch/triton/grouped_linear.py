@@ -1,13 +1,12 @@
 """Products with grouped weights of 4 or 8 bits and 16-bit activations (W4A16, W8A16).
 
-A code becomes a number without a conversion: its bits, moved to the top of the mantissa of 1.0,
-make 1 + code / 2**bits, and one multiplication and addition with the group's scale (and minimum)
-makes the weight: three instructions and half a conversion each. The words' layout (weights.py)
-gives 16 columns of consecutive x at a time: the K of one tensor core instruction.
+A code becomes a number without a conversion: its bits, moved to the upper mantissa of 1.0, make 1
+plus a multiple of it, and one multiplication and addition with the group's scale (and minimum)
+makes the weight. The words' layout (weights.py) gives a thread 16 bytes that share a scale.
 
-- One token: dot products in float32 without tensor cores, of 64 rows of the weight a program, words
-  straight into registers. The floor is the packed bytes over bandwidth; instructions allow about 70
-  % of it on an H200.
+- One token: dot products in float32 without tensor cores, words straight into registers, 32 outputs
+  a program, its warps sharing the columns. The floor is the packed bytes over bandwidth; 5.3
+  instructions a weight (as compiled for sm_90) allow three quarters of it on an H200.
 - Up to 256 tokens, and any number if deterministic: tensor cores, the weight unpacked in registers
   to the dtype of x. 16 tokens a tile when there are not more or when deterministic (one tile for
   all T, and so one order of sums), else 64.
@@ -34,8 +33,14 @@ FEW_TOKENS, MANY_TOKENS = 16, 64
 _MAX_TOKENS = 256
 _LEAST_BLOCKS = 4
 _BAND = 64
-FEW_OUTPUTS = 8192
+FEW_OUTPUTS = 4096
+"""Up to so many, no processor of an H200 has a second program, so each has twice the warps."""
 _SCRATCH_NUMBERS = 1 << 27
+
+ASCENDING = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Which of the dimensions along which nothing lies side by side in memory Triton gives threads
+first: the first one (3.6) or the last. Kernels order theirs so that units come first, then rows,
+for a warp to read 8 rows of 64 bytes."""
 
 
 @triton.jit
@@ -50,10 +55,10 @@ def scale_of(scales, minimums, at, zero, inside, BITS: tl.constexpr, HAS_MINIMUM
 
 
 @triton.jit
-def group_of(block, SLOT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """The group of a slot of each of a block's units, [..., units]."""
+def group_of(unit, SLOT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """The group of a slot of units, counted through a row."""
     columns: tl.constexpr = 128 // BITS
-    return (block * 4 + tl.arange(0, 4)) * columns // GROUP + SLOT * 4 // GROUP
+    return unit * columns // GROUP + SLOT * 4 // GROUP
 
 
 @triton.jit
@@ -72,11 +77,11 @@ def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def unpack_slot(
-    word, scales, minimums, block, row, n, zero, mask, one, SLOT: tl.constexpr,
+    word, scales, minimums, block, row, n, zero, mask, one, unit, SLOT: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
 ):  # fmt: skip
-    """One slot of a block, [rows, units, 4] (scales that slots have in common are loaded once)."""
-    at = group_of(block, SLOT, BITS, GROUP)[None, :] * n + row[:, None]
+    """One slot of a block, like `word` (scales that slots have in common are loaded once)."""
+    at = group_of(block * 4 + unit, SLOT, BITS, GROUP) * n + row
     scale, offset = scale_of(scales, minimums, at, zero, True, BITS, HAS_MINIMUMS)
     return unpack(word, scale, offset, mask, one, SLOT, BITS)
 
@@ -84,7 +89,7 @@ def unpack_slot(
 @triton.jit
 def unpack_block(
     words, scales, minimums, block, row, n, zero, mask, one, ROWS: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, ASCENDING: tl.constexpr,
 ):  # fmt: skip
     """Weights of a block in float32, [rows, columns].
 
@@ -93,9 +98,14 @@ def unpack_block(
 
     NOTE: round after this, not inside: Triton 3.6 fails at a reshape that a product reads directly.
     """
+    ROW: tl.constexpr = 1 if ASCENDING else 0
     four = tl.arange(0, 4)
-    at = (block * n + row)[:, None, None] * 16 + four[None, :, None] * 4 + four[None, None, :]
-    a = tl.load(words + at), scales, minimums, block, row, n, zero, mask, one
+    if ASCENDING:
+        unit, row = four[:, None], row[None, :]
+    else:
+        unit, row = four[None, :], row[:, None]
+    at = ((block * n + row) * 16 + unit * 4)[:, :, None] + four[None, None, :]
+    a = tl.load(words + at), scales, minimums, block, row, n, zero, mask, one, unit
     if BITS == 4:
         s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS)
         s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS)
@@ -107,13 +117,14 @@ def unpack_block(
         s7 = unpack_slot(*a, 7, BITS, GROUP, HAS_MINIMUMS)
         even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
         odd = tl.join(tl.join(s1, s5), tl.join(s3, s7))
-        slots = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2))
+        slots = tl.permute(tl.join(even, odd), (ROW, 1 - ROW, 3, 4, 5, 2))
     else:
         s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS)
         s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS)
         s2 = unpack_slot(*a, 2, BITS, GROUP, HAS_MINIMUMS)
         s3 = unpack_slot(*a, 3, BITS, GROUP, HAS_MINIMUMS)
-        slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 1, 3, 4, 2))
+        joined = tl.join(tl.join(s0, s2), tl.join(s1, s3))
+        slots = tl.permute(joined, (ROW, 1 - ROW, 3, 4, 2))
     return tl.reshape(slots, (ROWS, 512 // BITS))
 
 
@@ -121,38 +132,51 @@ def unpack_block(
 def grouped_row_kernel(
     x, words, scales, minimums, factors, bias, out, n, k, num_blocks, zero, mask, one,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, ASCENDING: tl.constexpr,
 ):  # fmt: skip
     """One token; a program has 32 outputs, and each of its BLOCKS warps a block of columns.
 
-    Dimensions are [4, BLOCKS, 8, units, words]: threads take the last ones, warps the blocks, so
-    that a warp reads 8 rows of 64 bytes side by side, and a thread's 4 rows share its x.
+    Dimensions are [4, BLOCKS, 8, units, words] (ASCENDING: units, 8, BLOCKS, 4, words): threads
+    take units and 8 rows, warps the blocks, and a thread's 4 rows share its x.
     """
     columns: tl.constexpr = 512 // BITS
     four, eight = tl.arange(0, 4), tl.arange(0, 8)
-    at = tl.program_id(0) * 32 + four[:, None] * 8 + eight[None, :]
-    row = tl.minimum(at, n - 1)[:, None, :, None]
-    sums = tl.zeros([4, BLOCKS, 8, 4, 4], tl.float32)
+    if ASCENDING:
+        unit, low, high = four[:, None, None, None], eight[None, :, None, None], four
+        sums = tl.zeros([4, 8, BLOCKS, 4, 4], tl.float32)
+    else:
+        unit, low, high = four, eight[None, None, :, None], four[:, None, None, None]
+        sums = tl.zeros([4, BLOCKS, 8, 4, 4], tl.float32)
+    row = tl.minimum(tl.program_id(0) * 32 + high * 8 + low, n - 1)
     for start in range(0, num_blocks, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
-        inside = block < num_blocks
-        place = ((block * n)[None, :, None, None] + row) * 16 + four[None, None, None, :] * 4
-        word = tl.load(
-            words + place[:, :, :, :, None] + four[None, None, None, None, :],
-            mask=inside[None, :, None, None, None], other=0,
-        )  # fmt: skip
-        for slot in tl.static_range(32 // BITS):
-            group = group_of(block[:, None], slot, BITS, GROUP)
-            scale, offset = scale_of(
-                scales, minimums, group[None, :, None, :] * n + row, zero,
-                inside[None, :, None, None], BITS, HAS_MINIMUMS,
-            )  # fmt: skip
+        if ASCENDING:
+            column = block[None, :] * columns + four[:, None] * (columns // 4)
+            block = block[None, None, :, None]
+        else:
             column = block[:, None] * columns + four[None, :] * (columns // 4)
-            column = column[:, :, None] + (slot * 4 + four)[None, None, :]
-            values = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+            block = block[None, :, None, None]
+        inside = block < num_blocks
+        place = (block * n + row) * 16 + unit * 4
+        word_at = words + place[:, :, :, :, None] + four[None, None, None, None, :]
+        word = tl.load(word_at, mask=inside[:, :, :, :, None], other=0)
+        for slot in tl.static_range(32 // BITS):
+            group = group_of(block * 4 + unit, slot, BITS, GROUP)
+            scale, offset = scale_of(
+                scales, minimums, group * n + row, zero, inside, BITS, HAS_MINIMUMS
+            )
+            x_column = column[:, :, None] + (slot * 4 + four)[None, None, :]
+            values = tl.load(x + x_column, mask=x_column < k, other=0.0).to(tl.float32)
             weight = unpack(word, scale, offset, mask, one, slot, BITS)
-            sums = tl.fma(weight, values[None, :, None, :, :], sums)
-    total = tl.sum(tl.sum(tl.sum(sums, 4), 3), 1)
+            if ASCENDING:
+                sums = tl.fma(weight, values[:, None, :, None, :], sums)
+            else:
+                sums = tl.fma(weight, values[None, :, None, :, :], sums)
+    if ASCENDING:
+        total = tl.trans(tl.sum(tl.sum(tl.sum(sums, 4), 2), 0))
+    else:
+        total = tl.sum(tl.sum(tl.sum(sums, 4), 3), 1)
+    at = tl.program_id(0) * 32 + four[:, None] * 8 + eight[None, :]
     inside = at < n
     addend = tl.zeros([4, 8], tl.float32)
     if HAS_BIAS:
@@ -167,7 +191,7 @@ def grouped_tile_kernel(
     part_blocks, zero, mask, one, x_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
     IS_SHARED: tl.constexpr, WHOLE_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    BAND: tl.constexpr,
+    BAND: tl.constexpr, ASCENDING: tl.constexpr,
 ):  # fmt: skip
     """Several tokens; a program has a tile, or a part of its columns (IS_SHARED)."""
     columns: tl.constexpr = 512 // BITS
@@ -192,7 +216,7 @@ def grouped_tile_kernel(
             values = load_columns(x_at + start, lane[None, :], k - start, WHOLE_K)
             weight = unpack_block(
                 words, scales, minimums, block, row, n, zero, mask, one,
-                TILE_N, BITS, GROUP, HAS_MINIMUMS,
+                TILE_N, BITS, GROUP, HAS_MINIMUMS, ASCENDING,
             )  # fmt: skip
             sums = dot(values, tl.trans(weight.to(values.dtype)), sums)
         total += sums
@@ -212,6 +236,7 @@ def grouped_tile_kernel(
 def unpack_kernel(
     words, scales, minimums, factors, out, first, num_rows, n, k, zero, mask, one,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, TILE_N: tl.constexpr,
+    ASCENDING: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` and on, written out [num_rows, k]; a program has a block of TILE_N rows."""
     columns: tl.constexpr = 512 // BITS
@@ -220,7 +245,7 @@ def unpack_kernel(
     block = tl.program_id(1)
     weight = unpack_block(
         words, scales, minimums, block, row, n, zero, mask, one,
-        TILE_N, BITS, GROUP, HAS_MINIMUMS,
+        TILE_N, BITS, GROUP, HAS_MINIMUMS, ASCENDING,
     ) * tl.load(factors + row)[:, None]  # fmt: skip
     column = block * columns + tl.arange(0, columns)
     to = out + at.to(tl.int64)[:, None] * k + column[None, :]
@@ -247,7 +272,7 @@ def grouped_linear(
         num_warps = 16 if n <= FEW_OUTPUTS else 8
         grouped_row_kernel[(triton.cdiv(n, 32),)](
             x, *packed, bias, out, n, k, num_blocks, *numbers, **form, BLOCKS=num_warps,
-            num_warps=num_warps, **FP_FUSION,
+            ASCENDING=ASCENDING, num_warps=num_warps, **FP_FUSION,
         )  # fmt: skip
         return out
     tile_m = FEW_TOKENS if deterministic or tokens <= FEW_TOKENS else MANY_TOKENS
@@ -259,7 +284,7 @@ def grouped_linear(
     grouped_tile_kernel[(num_tiles, parts.num if is_shared else 1)](
         x, *packed, bias, sums, tokens, n, k, num_blocks, parts.num, parts.steps, *numbers,
         x.stride(0), **form, WHOLE_K=k % block_columns(weight.bits) == 0, TILE_M=tile_m,
-        TILE_N=TILE_N, IS_SHARED=is_shared, BAND=_BAND, num_warps=4,
+        TILE_N=TILE_N, IS_SHARED=is_shared, BAND=_BAND, ASCENDING=ASCENDING, num_warps=4,
         num_stages=2 if torch.version.hip else 4, **FP_FUSION,
     )  # fmt: skip
     if is_shared:
@@ -283,7 +308,8 @@ def _unpacked(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
         unpack_kernel[(triton.cdiv(num_rows, TILE_N), weight.codes.shape[0])](
             weight.codes, weight.scales, weight.minimums, weight.factors, rows, first, num_rows,
             n, k, weight.zero, *_masks(weight.bits), BITS=weight.bits, GROUP=weight.group,
-            HAS_MINIMUMS=weight.minimums is not None, TILE_N=TILE_N, num_warps=4, **FP_FUSION,
+            HAS_MINIMUMS=weight.minimums is not None, TILE_N=TILE_N, ASCENDING=ASCENDING,
+            num_warps=4, **FP_FUSION,
         )  # fmt: skip
         part = out[:, first : first + num_rows]
         if bias is None:
