@@ -84,10 +84,10 @@ class Event:
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._mark: list[bool] = []  # Never recorded: nothing to wait for.
-        self.device: Device | None = None
+        self._device: Device | None = None
 
     def record(self, stream: Stream) -> None:
-        self.device = stream.device
+        self._device = stream.device
         self._mark = mark = [False]
         stream.queue.append(lambda: mark.__setitem__(0, True) is None)
 
@@ -100,8 +100,8 @@ class Event:
 
     def synchronize(self) -> None:
         while not self.query():
-            assert self.device is not None
-            self.device.work(1)
+            assert self._device is not None
+            self._device.work(1)
 
     def elapsed_time(self, end: Event) -> float:
         assert self.query()
@@ -160,18 +160,18 @@ class Device(TorchDispatchMode):
 class Engine:
     """A pool whose blocks get one content after another, and a tier below it."""
 
-    def __init__(self, cache: KVCache, dice: random.Random, num_rooms: int) -> None:
-        self.cache = cache
+    def __init__(self, moves: Transfers, dice: random.Random) -> None:
+        self.moves = moves
         self.dice = dice
-        self.device = Device(dice)
-        self.moves = Transfers(cache, CPU)
-        self.moves._stream = self.device.copying  # type: ignore[assignment]
+        self.cache = cache = moves._cache
         self.host = MemoryBlockStore(
-            cache.block_bytes, num_rooms * cache.block_bytes, lambda n: host_memory(n, CPU)
+            cache.block_bytes,
+            dice.choice([3, 9, 40]) * cache.block_bytes,
+            lambda count: host_memory(count, moves._device),
         )
         self.tier = StoreTier(self, self.host, None, 16, 512)  # type: ignore[arg-type]
         self.names: list[int | None] = [None] * NUM_BLOCKS
-        self.in_flight: deque[Event] = deque()
+        self.in_flight: deque[Any] = deque()
         self.num_loads = 0
 
     def read_blocks(self, blocks: Any, out: Sequence[Bytes] | None) -> Any:
@@ -197,8 +197,8 @@ class Engine:
         for name, block in zip(wanted, taken, strict=True):
             self.names[block] = name
         self.tier.begin(len(taken))
-        event = Event()
-        event.record(self.device.computing)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.moves._device))
         self.in_flight.append(event)
         if len(self.in_flight) == 2:
             self.in_flight.popleft().synchronize()
@@ -209,16 +209,33 @@ class Engine:
     def check(self) -> None:
         """Once all is done, the pool and the store have what they say that they have."""
         self.tier.close()
-        while self.device.computing.queue:
-            self.device.work(1)
+        while self.in_flight:
+            self.in_flight.popleft().synchronize()
         block_bytes = self.cache.block_bytes
         for block, name in enumerate(self.names):
             if name is not None:
-                row = self.cache.pool[:, block].flatten()
+                row = self.cache.pool[:, block].flatten().cpu()
                 assert row.equal(content(name, block_bytes)), (block, name)
         for name in range(30):
             [data] = self.host.get([b"%d" % name])
             assert data is None or bytes(data) == bytes(content(name, block_bytes).numpy())
+
+
+def make_engine(monkeypatch: pytest.MonkeyPatch, dice: random.Random, device: Any) -> Engine:
+    cache = KVCache(CacheGroup("kv", (0, 1), 1, 8), 8, "int8", device)
+    cache.allocate(NUM_BLOCKS)
+    chunk_bytes = dice.choice([1, 2, 9]) * cache.block_bytes
+    monkeypatch.setattr(transfers, "CHUNK_BYTES", chunk_bytes)
+    return Engine(Transfers(cache, device), dice)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_histories_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(30):
+        engine = make_engine(monkeypatch, random.Random(seed), torch.device("cuda", 0))
+        for _ in range(100):
+            engine.step()
+        engine.check()
 
 
 @pytest.mark.parametrize("is_pinned", [True, False])
@@ -228,12 +245,9 @@ def test_random_histories_on_a_device_of_any_pace(
     num_loads = 0
     for seed in range(30):
         dice = random.Random(seed)
-        cache = KVCache(CacheGroup("kv", (0, 1), 1, 8), 8, "int8", CPU)
-        cache.allocate(NUM_BLOCKS)
-        chunk_bytes = dice.choice([1, 2, 9]) * cache.block_bytes
-        monkeypatch.setattr(transfers, "CHUNK_BYTES", chunk_bytes)
-        engine = Engine(cache, dice, dice.choice([3, 9, 40]))
-        device = engine.device
+        engine = make_engine(monkeypatch, dice, CPU)
+        device = Device(dice)
+        engine.moves._stream = device.copying  # type: ignore[assignment]
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", device.use)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _, d=device: d.computing)
