@@ -43,6 +43,8 @@ TITLES = {
     "E": "start to first token",
     "F": "the cost of deterministic mode",
 }
+KINDS = ("dense", "grouped", "quantized")
+CHECK_SECONDS = 120
 TOTAL_SECONDS = 460
 """After which no job goes on; the report is written then."""
 
@@ -54,7 +56,8 @@ class Task:
     Attributes:
         name: of the job, "C 8B".
         seconds: the most that it may take.
-        is_timed: it runs alone, and once in short beforehand.
+        is_timed: it runs alone.
+        has_kernels: a short run beforehand fills Triton's cache for it.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Task:
     seconds: int
     arguments: tuple[Any, ...] = ()
     is_timed: bool = True
+    has_kernels: bool = True
 
     @property
     def part(self) -> str:
@@ -69,17 +73,17 @@ class Task:
         return self.name[0]
 
 
-def check(name: str, module: str, seconds: int = 110) -> Task:
+def check(name: str, module: str, *arguments: Any) -> Task:
     """A job that times nothing."""
-    return Task(name, module, seconds, is_timed=False)
+    return Task(name, module, CHECK_SECONDS, arguments, is_timed=False)
 
 
 TASKS = (
     check("A rows", "check_rows"),
     check("A cache", "check_cache"),
-    check("A attention", "check_attention"),
+    *(check(f"A attention {n + 1}", "check_attention", n, 4) for n in range(4)),
     check("A deterministic attention", "check_attention_bytes"),
-    check("A linear", "check_linear"),
+    *(check(f"A {kind} products", "check_linear", kind) for kind in KINDS),
     check("A sampling", "check_sampling"),
     check("A programs", "check_programs"),
     check("B text", "text"),
@@ -88,10 +92,12 @@ TASKS = (
     Task("C 8B", "speed", 55, ((("Llama-3.1-8B", "bf16"), ("Llama-3.1-8B", "fp8")),)),
     Task("C 13B", "speed", 45, ((("Llama-13B", "bf16"),),)),
     Task("C 70B", "speed", 75, ((("Llama-3.1-70B", "fp8"), ("Llama-3.1-70B", "int4")),)),
-    Task("E start", "startup", 60),
+    Task("E start", "startup", 60, has_kernels=False),
     Task("F modes", "modes", 45),
-    Task("D 7B", "paging", 75, ("Llama-7B",)),
-    Task("D 13B", "paging", 75, ("Llama-13B",)),
+    Task("D 7B", "paging", 65, ("Llama-7B",)),
+    Task("D 13B", "paging", 65, ("Llama-13B",)),
+    Task("D transformers 7B", "others", 40, ("Llama-7B",), has_kernels=False),
+    Task("D transformers 13B", "others", 40, ("Llama-13B",), has_kernels=False),
 )
 
 
@@ -146,9 +152,9 @@ class Children:
         with errors.open("w") as stream:
             output = subprocess.DEVNULL if warm else None
             process = subprocess.Popen(command, stdout=output, stderr=stream)
-        return functools.partial(self._wait, task, process, file, time.monotonic())
+        return functools.partial(self._wait, task, process, file, time.monotonic(), warm)
 
-    def _wait(self, task: Task, process: Any, file: Path, began: float) -> Any:
+    def _wait(self, task: Task, process: Any, file: Path, began: float, warm: bool) -> Any:
         record = importlib.import_module("parts.record")
         end = min(began + task.seconds, self._deadline)
         error = None
@@ -164,7 +170,7 @@ class Children:
         rows = record.read_rows(file)
         job = record.Job(task.part, task.name, rows, time.monotonic() - began, error)
         if error is not None:
-            print(f"FAILED {task.name}: {error}", flush=True)
+            print(f"FAILED {task.name}{' (short run)' * warm}: {error}", flush=True)
         return job
 
 
@@ -174,7 +180,7 @@ def run_apart(tasks: list[Task], args: argparse.Namespace, deadline: float) -> l
     checks = [children.start(task) for task in tasks if not task.is_timed]
     warming = []
     if args.device != "cpu" and not args.quick:
-        warming = [children.start(t, warm=True) for t in tasks if t.is_timed and t.part != "E"]
+        warming = [children.start(t, warm=True) for t in tasks if t.is_timed and t.has_kernels]
     jobs = [wait() for wait in checks]
     for wait in warming:
         wait()

@@ -104,11 +104,11 @@ def operator_of(heads: int, kv_heads: int, dim: int) -> PagedAttention:
     return PagedAttention(0, heads, kv_heads, dim, dim**-0.5)
 
 
-def run(setup: Setup, recorder: Recorder) -> None:
-    """Dtypes, shapes of models, windows and soft caps; in decode, prefill and mixed steps."""
+def run(setup: Setup, recorder: Recorder, first: int, of: int) -> None:
+    """Every `of`-th case: dtypes, shapes, windows, soft caps; decode, prefill and mixed steps."""
     checks = Checks(setup, recorder, "Attention")
     kernels = choose_kernels(setup.table, setup.device)
-    for name, operator, dtype, cached in cases(setup):
+    for name, operator, dtype, cached in cases(setup)[first::of]:
         pool = pool_of(setup, operator, cached)
         steps = {"small": SMALL} if setup.quick else {"mixed": MIXED, "decode": DECODE}
         if dtype == BF16 and cached == F16:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.backends.torch import weights
-from octavo.backends.torch.kernels import GroupedWeight, Kernels, Quantized, QuantizedWeight
+from octavo.backends.torch.kernels import GroupedWeight, Kernels, Quantized
 from octavo.backends.torch.plain.table import KERNELS as PLAIN
 from octavo.backends.torch.tables import choose_kernels
 from parts.check import BF16, F16, F32, NAMES, Checks, generator, unlike
@@ -36,27 +36,37 @@ GROUPED = (  # bits, columns a group, minimums
 )  # fmt: skip
 
 
-def run(setup: Setup, recorder: Recorder) -> None:
-    """All kinds of weights; then a row's bytes whatever stands beside it."""
+def run(setup: Setup, recorder: Recorder, kind: str) -> None:
+    """Weights of one kind, "dense", "grouped" or "quantized"; then the bytes of rows alone."""
     checks = Checks(setup, recorder, "Products")
     kernels = choose_kernels(setup.table, setup.device)
-    for dtype in (BF16, F16, F32):
-        checks.add(f"matmul {NAMES[dtype]}", lambda d=dtype: dense(setup, kernels, d))
+    for name, case in cases(setup, kernels)[kind].items():
+        checks.add(name, case)
+    rows = Checks(setup, recorder, "Bytes of products, deterministic")
+    for name, product in products(setup, kernels)[kind].items():
+        rows.add(name, lambda p=product: alone(setup, p))
+
+
+def cases(setup: Setup, kernels: Kernels) -> dict[str, dict[str, Callable[[], float]]]:
+    """What is checked, by kind and name."""
+    found: dict[str, dict[str, Callable[[], float]]] = {"grouped": {}}
+    found["dense"] = {
+        f"matmul {NAMES[dtype]}": lambda d=dtype: dense(setup, kernels, d)
+        for dtype in (BF16, F16, F32)
+    }
     for kind in GROUPED:
         for dtype in (BF16, F32) if kind == GROUPED[0] else (BF16,):
             name = f"{kind[0]} bits, groups of {kind[1]}, {'' if kind[2] else 'no '}minimums"
-            checks.add(
-                f"grouped_linear {NAMES[dtype]}, {name}",
-                lambda k=kind, d=dtype: grouped(setup, kernels, k, d),
+            found["grouped"][f"grouped_linear {NAMES[dtype]}, {name}"] = lambda k=kind, d=dtype: (
+                grouped(setup, kernels, k, d)
             )
-    for weight_mode, input_mode in MODES:
-        checks.add(
-            f"quantized_linear {weight_mode}",
-            lambda w=weight_mode, i=input_mode: quantized(setup, kernels, w, i),
+    found["quantized"] = {
+        f"quantized_linear {weight_mode}": lambda w=weight_mode, i=input_mode: quantized(
+            setup, kernels, w, i
         )
-    rows = Checks(setup, recorder, "Bytes of products, deterministic")
-    for name, product in products(setup, kernels).items():
-        rows.add(name, lambda p=product: alone(setup, p))
+        for weight_mode, input_mode in MODES
+    }
+    return found
 
 
 def shapes(setup: Setup) -> tuple[Shape, ...]:
@@ -161,14 +171,20 @@ def meaning(x: Quantized, columns: int) -> Tensor:
     return x.codes.float().double() * scales
 
 
-def products(setup: Setup, kernels: Kernels) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Products of rows of bfloat16, in deterministic mode."""
-    n, k = (40, 144) if setup.quick else (4096, 4096)
-    k = -(-k // 32) * 32
+Product = Callable[[Tensor], Tensor]
+
+
+def products(setup: Setup, kernels: Kernels) -> dict[str, dict[str, Product]]:
+    """Products of rows of bfloat16, in deterministic mode, by kind and name."""
+    n, k = (40, 160) if setup.quick else (4096, 4096)
     matrix = random(setup, n, k, BF16, 2).contiguous()
 
-    def quantized_of(mode: weights.WeightMode, rounding: str) -> Callable[[Tensor], Tensor]:
-        weight: QuantizedWeight = weights.quantize_dense(matrix, mode)
+    def grouped_of(kind: tuple[int, int, bool]) -> Product:
+        weight = grouped_weight(setup, n, k, kind)
+        return lambda x: kernels.grouped_linear(x, weight, None, True)
+
+    def quantized_of(mode: weights.WeightMode, rounding: str) -> Product:
+        weight = weights.quantize_dense(matrix, mode)
 
         def multiply(x: Tensor) -> Tensor:
             codes = kernels.quantize(x, rounding)  # type: ignore[arg-type]
@@ -176,17 +192,13 @@ def products(setup: Setup, kernels: Kernels) -> dict[str, Callable[[Tensor], Ten
 
         return multiply
 
-    found: dict[str, Callable[[Tensor], Tensor]] = {
-        "matmul": lambda x: kernels.matmul(x, matrix, None)
+    return {
+        "dense": {"matmul": lambda x: kernels.matmul(x, matrix, None)},
+        "grouped": {
+            f"grouped_linear, {kind[0]} bits": grouped_of(kind) for kind in (GROUPED[0], GROUPED[4])
+        },
+        "quantized": {f"quantized_linear, {w}": quantized_of(w, i) for w, i in MODES},
     }
-    for kind in (GROUPED[0], GROUPED[4]):
-        weight = grouped_weight(setup, n, k, kind)
-        found[f"grouped_linear, {kind[0]} bits"] = lambda x, w=weight: kernels.grouped_linear(
-            x, w, None, True
-        )
-    for weight_mode, input_mode in MODES:
-        found[f"quantized_linear, {weight_mode}"] = quantized_of(weight_mode, input_mode)
-    return found
 
 
 def alone(setup: Setup, product: Callable[[Tensor], Tensor]) -> float:

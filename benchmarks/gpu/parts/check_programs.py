@@ -163,7 +163,7 @@ def moves(setup: Setup, graph: Graph, cache_dtype: CacheDtype) -> float:
 
 
 def memory(setup: Setup, graph: Graph) -> float:
-    """Less than is free, and enough to allocate; nothing on a CPU, where it is the host's."""
+    """Some, and less than there is; nothing on a CPU, where it is the host's."""
     options = CompileOptions(
         num_threads=1, block_size=BLOCK_SIZE, max_num_tokens=256, max_num_rows=32,
         max_model_len=256, device=DeviceOptions(name=str(setup.device), kernels=setup.table),
@@ -174,4 +174,4 @@ def memory(setup: Setup, graph: Graph) -> float:
     if not setup.is_gpu:
         return EQUAL if spare is None else OTHER
     assert spare is not None
-    return EQUAL if 0 < spare < torch.cuda.mem_get_info(setup.device)[0] else OTHER
+    return EQUAL if 0 < spare < torch.cuda.mem_get_info(setup.device)[1] else OTHER

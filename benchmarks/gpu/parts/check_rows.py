@@ -147,7 +147,8 @@ def ends(setup: Setup, kernels: Kernels) -> float:
         actual, expected = kernels.quantize(x, mode), PLAIN.quantize(x, mode)
         finite = expected.scales.isfinite().all(dim=1)
         worst = max(worst, unlike(actual.scales[finite], expected.scales[finite]))
-        worst = max(worst, unlike(actual.codes[finite], expected.codes[finite]))
+        ours, theirs = (q.codes.view(torch.uint8)[finite] for q in (actual, expected))
+        worst = max(worst, unlike(ours, theirs))
         is_nan = actual.scales.isnan() == expected.scales.isnan()
         worst = max(worst, 0.0 if bool(is_nan.all()) else torch.inf)
     return worst

@@ -120,7 +120,7 @@ def _title(case: Case) -> str:
 def calls_of(setup: Setup, case: Case) -> list[Callable[[], torch.Tensor]]:
     """The same launch over the caches of several layers."""
     device = setup.device
-    layers = 1 if setup.quick else min(32, max(2, BEYOND_CACHES // case.cache_bytes))
+    layers = 1 if setup.quick or setup.warm else min(32, max(2, BEYOND_CACHES // case.cache_bytes))
     group = CacheGroup("all", tuple(range(layers)), case.kv_heads, 128)
     cache = KVCache(group, BLOCK_SIZE, case.cache_dtype, device)
     width = -(-case.context // BLOCK_SIZE)

@@ -12,7 +12,7 @@ from parts.machine import Setup
 from parts.record import Recorder
 
 SECONDS = 10.0
-LIMIT = 90
+LIMIT = 28
 SCRIPT = Path(__file__).resolve().parents[1] / "first_token.py"
 PHASES = ("imports", "weights", "memory", "first token")
 
