@@ -23,6 +23,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -96,8 +97,7 @@ TASKS = (
     Task("F modes", "modes", 45),
     Task("D 7B", "paging", 65, ("Llama-7B",)),
     Task("D 13B", "paging", 65, ("Llama-13B",)),
-    Task("D transformers 7B", "others", 40, ("Llama-7B",), has_kernels=False),
-    Task("D transformers 13B", "others", 40, ("Llama-13B",), has_kernels=False),
+    Task("D transformers", "others", 45, ("Llama-7B",), has_kernels=False),
 )
 
 
@@ -154,6 +154,10 @@ class Children:
             process = subprocess.Popen(command, stdout=output, stderr=stream)
         return functools.partial(self._wait, task, process, file, time.monotonic(), warm)
 
+    def close(self) -> None:
+        """Remove their files."""
+        shutil.rmtree(self._folder)
+
     def _wait(self, task: Task, process: Any, file: Path, began: float, warm: bool) -> Any:
         record = importlib.import_module("parts.record")
         end = min(began + task.seconds, self._deadline)
@@ -167,8 +171,9 @@ class Children:
             process.kill()
             process.wait()
             error = f"stopped after {time.monotonic() - began:.0f} s, its limit"
-        rows = record.read_rows(file)
-        job = record.Job(task.part, task.name, rows, time.monotonic() - began, error)
+        took = file.with_suffix(".seconds")
+        seconds = float(took.read_text()) if took.exists() else time.monotonic() - began
+        job = record.Job(task.part, task.name, record.read_rows(file), seconds, error)
         if error is not None:
             print(f"FAILED {task.name}{' (short run)' * warm}: {error}", flush=True)
         return job
@@ -188,6 +193,7 @@ def run_apart(tasks: list[Task], args: argparse.Namespace, deadline: float) -> l
         if task.is_timed:
             print(f"== {task.name}, {deadline - time.monotonic():.0f} s left", flush=True)
             jobs.append(children.start(task)())
+    children.close()
     return jobs
 
 
@@ -201,24 +207,32 @@ def child(args: argparse.Namespace) -> int:
     """Do one job; its rows go to a file, what fails to standard error."""
     (task,) = [task for task in TASKS if task.name == args.child]
     job = perform(task, setup_of(args, args.warm), args.rows)
+    args.rows.with_suffix(".seconds").write_text(str(job.seconds))
     if job.error is not None:
         print(job.error, file=sys.stderr)
     return int(job.error is not None)
 
 
 def about(args: argparse.Namespace) -> dict[str, str]:
-    """What the report says of the machine; asked in a process that holds nothing."""
+    """What the report says of the machine; asked in a process that ends with it.
+
+    Raises:
+        SystemExit: there is no such device.
+    """
     if args.device == "cpu":
         return {**stamp(), **importlib.import_module("parts.machine").describe(setup_of(args))}
     script = (
-        "import json, sys; sys.path[:0] = sys.argv[1:3]; import torch; from parts import machine; "
-        "print(json.dumps(machine.describe(machine.Setup(torch.device(sys.argv[3])))))"
+        "import json, sys; sys.path[:0] = sys.argv[1:3]; "
+        "from parts.machine import Setup, describe; "
+        "from octavo.backends.torch.device import open_device; "
+        "print(json.dumps(describe(Setup(open_device(sys.argv[3])))))"
     )
     paths = [str(HERE.parents[1]), str(HERE)]
     command = [sys.executable, "-c", script, *paths, args.device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = json.loads(done.stdout) if done.returncode == 0 else {"device": done.stderr[-300:]}
-    return {**stamp(), **found}
+    if done.returncode:
+        raise SystemExit(done.stderr.strip().splitlines()[-1].partition(": ")[2])
+    return {**stamp(), **json.loads(done.stdout)}
 
 
 def stamp() -> dict[str, str]:
@@ -269,6 +283,7 @@ def main() -> int:
     out = args.out or RESULTS / name
     beside = record.write(out, facts, jobs, TITLES)
     code = record.exit_code(jobs)
+    print("".join(f"{fault}\n" for fault in record.faults(jobs)), end="")
     print(f"{facts['took']}; {out} and {beside.name}; {'something failed' if code else 'all met'}")
     return int(code)
 

@@ -54,18 +54,18 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"parts.{name}")
 
 
-def test_report_of_four_parts(tmp_path: Path) -> None:
+def test_report_of_all_parts_but_the_start(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    done = run(tmp_path, "--device", "cpu", "--quick", "--part", "A,B,C,D", "--out", str(out))
+    done = run(tmp_path, "--device", "cpu", "--quick", "--part", "A,B,C,D,F", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     jobs = {job["name"]: job for job in report["jobs"]}
-    assert {name[0] for name in jobs} == set("ABCD")
+    assert {name[0] for name in jobs} == set("ABCDF")
     assert all(job["error"] is None and job["rows"] for job in jobs.values())
-    verdicts = {part: set() for part in "ABCD"}
+    verdicts: dict[str, set[bool | None]] = {part: set() for part in "ABCDF"}
     for job in jobs.values():
         verdicts[job["part"]] |= {row["ok"] for row in job["rows"]}
-    assert verdicts == {"A": {True}, "B": {True}, "C": {None}, "D": {None}}
+    assert verdicts == {"A": {True}, "B": {True}, "C": {None}, "D": {None}, "F": {None}}
     tables = {row["table"] for job in jobs.values() for row in job["rows"]}
     assert {"Rows", "Cache", "Attention", "Products", "Sampling", "Programs"} <= tables
     decode = [row for job in jobs.values() for row in job["rows"] if row["table"] == "Decode"]

@@ -19,7 +19,7 @@ LEAST_GAIN = {"Llama-7B": 2.5, "Llama-13B": 2.7}
 PAPER = Path(__file__).resolve().parents[2] / "paper" / "workload.py"
 MAX_RUNNING = 256
 BUDGET = 2048
-SECONDS = {"continuous": 14.0, "static": 18.0}
+SECONDS = {"continuous": 12.0, "static": 15.0}
 
 
 def run(setup: Setup, recorder: Recorder, name: str) -> None:
@@ -81,7 +81,7 @@ def workload_of(setup: Setup) -> list[Request]:
     """The requests, in the order that they came; the same in every run."""
     if setup.quick:
         rng = random.Random(1)
-        return [Request(rng.randint(1, 20), rng.randint(1, 30)) for _ in range(20)]
+        return [Request(rng.randint(1, 20), rng.randint(1, 30)) for _ in range(12)]
     module = workload_module()
     dataset, rng = module.synthetic()["ShareGPT"], random.Random(1)
     requests = []
@@ -95,7 +95,7 @@ def serve(setup: Setup, model: dummy.Dummy, way: str, sizes: Sizes) -> Served:
     """One way, after a short run that loads its kernels."""
     seconds = sizes.seconds or (3.0 if setup.warm else SECONDS[way])
     requests = workload_of(setup)
-    for limit in (min(1.5, seconds), seconds):
+    for limit in (0.2 if setup.quick else 1.5, seconds):
         served = serving.WAYS[way](model.program, requests, replace(sizes, seconds=limit))
     return served
 

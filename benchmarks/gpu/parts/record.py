@@ -55,11 +55,6 @@ class Job:
     seconds: float = 0.0
     error: str | None = None
 
-    @property
-    def num_missed(self) -> int:
-        """Rows that are not as they should be."""
-        return sum(row.ok is False for row in self.rows)
-
 
 class Recorder:
     """Takes a job's rows: prints each, keeps it, and writes it to a file at once.
@@ -110,9 +105,21 @@ def show(value: Cell) -> str:
     return f"{value:.2e}" if abs(value) < 1 else f"{value:,.0f}"
 
 
+def faults(jobs: Iterable[Job]) -> list[str]:
+    """What was missed and what failed, a line each."""
+    found = []
+    for job in jobs:
+        missed = [row for row in job.rows if row.ok is False]
+        found += [f"{job.part}, {row.table}: {row.name}: missed ({row.target})" for row in missed]
+        if job.error is not None:
+            last = job.error.strip().splitlines()[-1]
+            found.append(f"{job.part}, {job.name}: failed: {last}")
+    return found
+
+
 def exit_code(jobs: Iterable[Job]) -> int:
     """0 if every job came to its end and nothing was missed."""
-    return int(any(job.error is not None or job.num_missed for job in jobs))
+    return int(bool(faults(jobs)))
 
 
 def write(out: Path, about: Mapping[str, Any], jobs: list[Job], titles: Mapping[str, str]) -> Path:
@@ -128,15 +135,10 @@ def write(out: Path, about: Mapping[str, Any], jobs: list[Job], titles: Mapping[
 def markdown(about: Mapping[str, Any], jobs: list[Job], titles: Mapping[str, str]) -> str:
     """The report for people."""
     lines = ["# On a GPU", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
-    missed = [(job, row) for job in jobs for row in job.rows if row.ok is False]
-    failed = [job for job in jobs if job.error is not None]
-    checked = sum(row.ok is not None for job in jobs for row in job.rows)
-    lines += [f"{checked - len(missed)} of {checked} targets met, {len(failed)} jobs failed.", ""]
-    for job, row in missed:
-        lines.append(f"- {job.part}, {row.table}: {row.name}: missed ({row.target})")
-    for job in failed:
-        last = (job.error or "").strip().splitlines()[-1]
-        lines.append(f"- {job.part}, {job.name}: failed: {last}")
+    verdicts = [row.ok for job in jobs for row in job.rows if row.ok is not None]
+    failed = sum(job.error is not None for job in jobs)
+    lines.append(f"{sum(verdicts)} of {len(verdicts)} targets met, {failed} jobs failed.")
+    lines += ["", *(f"- {fault}" for fault in faults(jobs))]
     for part, title in titles.items():
         mine = [job for job in jobs if job.part == part]
         if not mine:

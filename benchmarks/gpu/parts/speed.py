@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,10 @@ def run(setup: Setup, recorder: Recorder, models: Sequence[tuple[str, Precision]
         model = dummy.make(setup, config, precision)
         try:
             measure(setup, recorder, model, title, precision, limits)
+        except Exception as error:  # The next model may be measured all the same.
+            traceback.print_exc()
+            said = {"raised": f"{type(error).__name__}: {error}"[:300]}
+            recorder.add("Prefill", title, said, ok=False, target="no error")
         finally:
             dummy.close(model, setup.device)
             del model
