@@ -194,3 +194,34 @@ def test_continuous_batching_serves_all_with_few_blocks(parts: Any) -> None:
     assert not plans.running and not plans.waiting
     assert sampled == sum(request.output for request in requests)
     assert plans.preempted > 0
+
+
+class Instant:
+    """A Program whose steps are there at once."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def start(self, batch: Any, rows: Any) -> Any:
+        assert (rows is None) == (len(batch.logits_rows) == 0)
+        self.batches.append(batch)
+        return SimpleNamespace(result=lambda: None)
+
+
+def test_both_ways_count_the_tokens_of_answers_alone(parts: Any) -> None:
+    serving = parts("serving")
+    requests = [serving.Request(1 + 5 * n % 40, 1 + 7 * n % 30) for n in range(10)]
+    sizes = serving.Sizes(num_blocks=19, max_len=80, max_running=9, budget=64, seconds=60)
+    answers = sum(request.output for request in requests)
+    programs = {name: Instant() for name in serving.WAYS}
+    served = {name: way(programs[name], requests, sizes) for name, way in serving.WAYS.items()}
+    assert {name: result.tokens for name, result in served.items()} == dict.fromkeys(
+        served, answers
+    )
+    assert served["static"].steps > served["continuous"].steps
+    for batch in programs["static"].batches:  # 19 blocks hold three reservations of 5
+        table = batch.block_tables[0]
+        assert len(table) <= 3
+        assert (np.diff(table, axis=1) == 1).all()
+    most = max(len(batch.seq_lens) for batch in programs["continuous"].batches)
+    assert most > 3

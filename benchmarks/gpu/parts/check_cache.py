@@ -31,7 +31,7 @@ from parts.record import Recorder
 
 BLOCKS, BLOCK_SIZE, POSITIONS = 24, 16, 4096
 SHAPES = ((32, 32, 128), (32, 8, 128), (14, 2, 64), (4, 1, 256), (9, 3, 64), (7, 1, 6))
-CACHES = ((BF16, F16), (BF16, BF16), (F16, F16), (F32, F32), (BF16, INT8), (F16, INT8), (BF16, FP8))
+CACHES = ((BF16, BF16), (F16, F16), (F32, F32), (BF16, INT8), (F16, INT8), (BF16, FP8))
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,8 +206,8 @@ def decode_seconds(setup: Setup, model: Dummy, batch: int, context: int, steps: 
     lengths = np.full(batch, context, np.int32)
     loop(model, tables, lengths, 4)  # loads, captures and replays
     times = loop(model, tables, lengths, steps)
-    skipped = min(3, steps - 2)  # before two steps are under way
-    wall = (times[-1] - times[skipped]) / (steps - 1 - skipped)
+    first, last = min(3, steps - 3), steps - 2  # while two steps are under way
+    wall = (times[last] - times[first]) / (last - first)
     rows = sampling_rows(batch)
     fixed = decode_of(tables, lengths, sampled_before(batch), BLOCK_SIZE)
 
