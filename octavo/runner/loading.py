@@ -170,12 +170,18 @@ def declare(files: ModelFiles) -> registry.Model:
 def _compiler(config: EngineConfig) -> Compiler:
     try:
         compiler: Compiler = importlib.import_module(BACKENDS[config.backend]).compile
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "triton"):
-            raise
-        raise ConfigError(
-            f"--backend torch needs {error.name}: pip install 'octavo[cuda]', or give --backend cpu"
-        ) from None
+    except ImportError as error:
+        if error.name in ("torch", "triton"):
+            raise ConfigError(
+                f"--backend torch needs {error.name}: pip install 'octavo[cuda]', or give "
+                "--backend cpu"
+            ) from None
+        if error.name == "octavo.backends.cpu":
+            raise ConfigError(
+                "the compiled part of Octavo is missing: install Octavo (pip install . with a C++ "
+                "compiler) instead of running its sources, or give --backend torch"
+            ) from None
+        raise
     return compiler
 
 

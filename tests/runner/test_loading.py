@@ -127,6 +127,28 @@ def test_a_gpu_alone_finds_out_how_much_memory_it_has(tiny_model_path: Path) -> 
             config(tiny_model_path, memory_bytes=None, **elsewhere).validate()
 
 
+@pytest.mark.parametrize(
+    ("backend", "missing", "message"),
+    [
+        ("torch", "torch", r"--backend torch needs torch: pip install 'octavo\[cuda\]'"),
+        ("cpu", "octavo.backends.cpu", "the compiled part of Octavo is missing"),
+    ],
+)
+def test_what_is_not_installed(
+    tiny_model_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    missing: str,
+    message: str,
+) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(f"no {missing}", name=missing)
+
+    monkeypatch.setattr("octavo.runner.loading.importlib.import_module", fail)
+    with pytest.raises(ConfigError, match=message):
+        load(config(tiny_model_path, backend=backend), silent)
+
+
 def test_a_device_that_is_not_there(tiny_model_path: Path) -> None:
     """One sentence with its cure."""
     name = f"cuda:{torch.cuda.device_count()}"

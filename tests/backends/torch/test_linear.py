@@ -199,7 +199,7 @@ def quantized_weight(rng: np.random.Generator, mode: str, n: int, k: int) -> Qua
     values = random(rng, n, k)
     if mode.endswith("whole"):
         dtype = torch.int8 if mode.startswith("int8") else torch.float8_e4m3fn
-        return QuantizedWeight((values * 30).to(dtype), torch.tensor([[0.01]]), torch.tensor(1.0))
+        return QuantizedWeight((values * 30).to(dtype), torch.tensor([[0.01]]))
     return weights.quantize_dense(values, mode)
 
 

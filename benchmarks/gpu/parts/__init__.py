@@ -1,0 +1,1 @@
+"""The parts of benchmarks/gpu/run.py; imported with benchmarks/gpu on sys.path."""

@@ -1,0 +1,177 @@
+"""Part A: captured steps beside eager ones, steps begun ahead, block moves, of whole Programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from octavo.backends import torch as backend
+from octavo.backends.program import CompileOptions, DeviceOptions
+from octavo.backends.torch.program import TorchProgram
+from octavo.graph.batch import Int32, StepOutput
+from octavo.graph.trace import CacheDtype, Graph, Ops
+from octavo.models.llama import llama
+from parts.check import Checks
+from parts.machine import Setup, release
+from parts.record import Recorder
+from parts.steps import decode_of, sampled_before, sampling_rows, shuffled_tables, step_of
+from parts.text import BLOCK_SIZE, CONFIG, seeded_weights
+
+PROMPT = 21
+WIDTH = 5
+EQUAL, OTHER = 0.0, float("inf")
+
+
+def run(setup: Setup, recorder: Recorder) -> None:
+    """For each cache dtype and rounding of weights."""
+    checks = Checks(setup, recorder, "Programs")
+    graph = llama(Ops(), CONFIG)
+    dtypes: tuple[CacheDtype, ...] = ("fp16",) if setup.quick else ("fp16", "int8", "fp8")
+    for dtype in dtypes:
+        for count in (1, 5) if setup.quick else (1, 3, 9, 17):
+            checks.add(
+                f"captured steps as eager ones, {count} sequences, cache {dtype}",
+                lambda d=dtype, c=count: captured(setup, graph, d, c),
+            )
+        checks.add(
+            f"blocks read, written, copied, cache {dtype}", lambda d=dtype: moves(setup, graph, d)
+        )
+    for rounding in (None,) if setup.quick else (None, "int8", "int4", "fp8"):
+        name = rounding or "bf16"
+        checks.add(
+            f"steps begun ahead as one by one, weights {name}",
+            lambda r=rounding: ahead(setup, graph, r),
+        )
+    checks.add("memory is measured", lambda: memory(setup, graph))
+
+
+@contextmanager
+def program_of(
+    setup: Setup, graph: Graph, cache_dtype: CacheDtype = "fp16", rounding: Any = None
+) -> Iterator[TorchProgram]:
+    """A deterministic Program with a cache of 128 blocks."""
+    options = CompileOptions(
+        num_threads=1,
+        block_size=BLOCK_SIZE,
+        max_num_tokens=512,
+        max_num_rows=32,
+        max_model_len=CONFIG.max_position_embeddings,
+        cache_dtype=cache_dtype,
+        device=DeviceOptions(
+            name=str(setup.device),
+            dtype="bf16",
+            deterministic=True,
+            quantization=rounding,
+            kernels=setup.table,
+        ),
+    )
+    program = backend.compile(graph, seeded_weights(graph, "bf16"), options)
+    program.allocate_cache(128)
+    try:
+        yield program
+    finally:
+        program.close()
+        release(setup.device)
+
+
+def prompt_of(program: TorchProgram, count: int) -> tuple[Int32, Int32]:
+    """Compute prompts of other lengths; returns block tables and lengths."""
+    tables = shuffled_tables(count, WIDTH)
+    lengths = (PROMPT + np.arange(count) % 7).astype(np.int32)
+    ids = np.random.default_rng(3).integers(0, CONFIG.vocab_size, int(lengths.sum()))
+    batch = step_of(tables, lengths * 0, lengths, ids.astype(np.int32), BLOCK_SIZE)
+    program.start(batch, sampling_rows(count)).result()
+    return tables, lengths
+
+
+def captured(setup: Setup, graph: Graph, cache_dtype: CacheDtype, count: int) -> float:
+    """Five steps: loaded, captured, replayed; each beside `run`, which computes it eagerly.
+
+    The mode is deterministic, so rows that pad a captured step change no bit.
+    """
+    rows = sampling_rows(count, num_logprobs=5)
+    with program_of(setup, graph, cache_dtype) as program:
+        tables, lengths = prompt_of(program, count)
+        ids = np.arange(count, dtype=np.int32)
+        for number in range(5):
+            batch = decode_of(tables, lengths + np.int32(number), ids, BLOCK_SIZE)
+            eager = program.run(batch, rows, ("logits",))
+            replayed = program.start(batch, rows).result()
+            if not same(eager, replayed):
+                return OTHER
+            ids = replayed.tokens
+    return EQUAL
+
+
+def same(one: StepOutput, other: StepOutput) -> bool:
+    """To the bit."""
+    return (
+        one.tokens.tobytes() == other.tokens.tobytes()
+        and one.logprobs.tobytes() == other.logprobs.tobytes()
+        and one.top_ids.tobytes() == other.top_ids.tobytes()
+        and one.top_logprobs.tobytes() == other.top_logprobs.tobytes()
+        and int(one.tokens.min()) >= 0
+    )
+
+
+def ahead(setup: Setup, graph: Graph, rounding: str | None, steps: int = 12) -> float:
+    """Two steps under way at a time, tokens fed back on the device."""
+    count = 5
+
+    def changes(number: int) -> dict[str, Any]:
+        return {"temperature": [0, 1, 1, 0, 2], "seed": 7, "position": PROMPT + number}
+
+    def texts(is_ahead: bool) -> Int32:
+        with program_of(setup, graph, rounding=rounding) as program:
+            tables, lengths = prompt_of(program, count)
+            ids, text, pending = np.arange(count, dtype=np.int32), [], []
+            for number in range(steps):
+                batch = decode_of(tables, lengths + np.int32(number), ids, BLOCK_SIZE)
+                pending.append(program.start(batch, sampling_rows(count, **changes(number))))
+                if not is_ahead or len(pending) == program.depth:
+                    text.append(pending.pop(0).result().tokens)
+                ids = sampled_before(count) if is_ahead else text[-1]
+            text += [step.result().tokens for step in pending]
+            return np.stack(text)
+
+    one, other = texts(False), texts(True)
+    return EQUAL if one.tobytes() == other.tobytes() and one.min() >= 0 else OTHER
+
+
+def moves(setup: Setup, graph: Graph, cache_dtype: CacheDtype) -> float:
+    """What is copied, or read and written, reads as it was."""
+    with program_of(setup, graph, cache_dtype) as program:
+        tables, _ = prompt_of(program, 3)
+        source = tables[:, 0].copy()
+        before = program.read_blocks(source)
+        to = np.array([120, 121, 122], np.int32)
+        program.copy_blocks(np.stack([source, to], axis=1).astype(np.int32))
+        copied = program.read_blocks(to)
+        program.write_blocks(to, before[::-1].copy())
+        written = program.read_blocks(to)
+        is_right = (
+            before.any()
+            and np.array_equal(copied, before)
+            and np.array_equal(written, before[::-1])
+            and np.array_equal(program.read_blocks(source), before)
+        )
+    return EQUAL if is_right else OTHER
+
+
+def memory(setup: Setup, graph: Graph) -> float:
+    """Some, and less than there is; nothing on a CPU, where it is the host's."""
+    options = CompileOptions(
+        num_threads=1, block_size=BLOCK_SIZE, max_num_tokens=256, max_num_rows=32,
+        max_model_len=256, device=DeviceOptions(name=str(setup.device), kernels=setup.table),
+    )  # fmt: skip
+    program = backend.compile(graph, seeded_weights(graph, "bf16"), options)
+    spare = program.spare_bytes()
+    program.close()
+    if not setup.is_gpu:
+        return EQUAL if spare is None else OTHER
+    assert spare is not None
+    return EQUAL if 0 < spare < torch.cuda.mem_get_info(setup.device)[1] else OTHER
