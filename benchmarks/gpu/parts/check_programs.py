@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from octavo.backends import torch as backend
-from octavo.backends.program import CompileOptions, DeviceOptions
+from octavo.backends.program import Bytes, CompileOptions, DeviceOptions
 from octavo.backends.torch.program import TorchProgram
 from octavo.graph.batch import Int32, StepOutput
 from octavo.graph.trace import CacheDtype, Graph, Ops
@@ -46,6 +46,7 @@ def run(setup: Setup, recorder: Recorder) -> None:
             f"steps begun ahead as one by one, weights {name}",
             lambda r=rounding: ahead(setup, graph, r),
         )
+    checks.add("blocks out to host memory and back, unwaited for", lambda: tier(setup, graph))
     checks.add("memory is measured", lambda: memory(setup, graph))
 
 
@@ -147,18 +148,53 @@ def moves(setup: Setup, graph: Graph, cache_dtype: CacheDtype) -> float:
     with program_of(setup, graph, cache_dtype) as program:
         tables, _ = prompt_of(program, 3)
         source = tables[:, 0].copy()
-        before = program.read_blocks(source)
+        before = read(program, source)
         to = np.array([120, 121, 122], np.int32)
         program.copy_blocks(np.stack([source, to], axis=1).astype(np.int32))
-        copied = program.read_blocks(to)
-        program.write_blocks(to, before[::-1].copy())
-        written = program.read_blocks(to)
+        copied = read(program, to)
+        program.write_blocks(to, list(before[::-1]))
+        written = read(program, to)
         is_right = (
             before.any()
             and np.array_equal(copied, before)
             and np.array_equal(written, before[::-1])
-            and np.array_equal(program.read_blocks(source), before)
+            and np.array_equal(read(program, source), before)
         )
+    return EQUAL if is_right else OTHER
+
+
+def read(program: TorchProgram, blocks: Int32) -> Bytes:
+    """The content of blocks, waited for."""
+    return np.stack(program.read_blocks(blocks).result())
+
+
+def tier(setup: Setup, graph: Graph) -> float:
+    """Blocks keep their bytes that leave the pool and come back, though the host hardly waits.
+
+    What is read is overwritten at once, and what was just written from host memory is read into
+    anew: only the order of the device's streams keeps all of it right.
+    """
+    dice = np.random.default_rng(5)
+    with program_of(setup, graph, "fp16") as program:
+        size = program.block_bytes()
+        expected = dice.integers(0, 256, (100, size), np.uint8)
+        program.write_blocks(np.arange(100, dtype=np.int32), list(expected))
+        rooms = [list(program.host_memory(10 * size).reshape(10, size)) for _ in range(2)]
+        held = [expected[:0], expected[:0]]
+        pending = None
+        for number in range(20 if setup.quick else 400):
+            turn = number % 2
+            leaving, coming = dice.permutation(100).astype(np.int32)[:20].reshape(2, 10)
+            held[turn] = expected[leaving]
+            reading = program.read_blocks(leaving, rooms[turn])
+            program.copy_blocks(np.stack([coming, leaving], axis=1))
+            expected[leaving] = expected[coming]
+            if pending is not None:
+                pending.result()
+                program.write_blocks(coming, rooms[1 - turn])
+                expected[coming] = held[1 - turn]
+            pending = reading
+        is_right = np.array_equal(read(program, np.arange(100, dtype=np.int32)), expected)
     return EQUAL if is_right else OTHER
 
 
