@@ -12,8 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("triton")
-
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "aot.py"
 
 CASES = """

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 BLOCKED = """

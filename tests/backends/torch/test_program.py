@@ -19,7 +19,7 @@ from octavo.backends.torch.program import TorchProgram
 from octavo.errors import ConfigError, KernelError
 from octavo.graph.batch import Batch
 from octavo.graph.tensors import DenseTensor, StoredTensor
-from octavo.graph.trace import Graph, Ops
+from octavo.graph.trace import CacheDtype, Graph, Ops
 from octavo.models.llama import llama
 from octavo.models.llama_config import LlamaConfig
 from octavo.models.rope import RopeConfig
@@ -56,14 +56,14 @@ def weights(graph: Graph) -> dict[str, StoredTensor]:
     return stored
 
 
-def options(cache_dtype: str = "fp16", **device: Any) -> CompileOptions:
+def options(cache_dtype: CacheDtype = "fp16", **device: Any) -> CompileOptions:
     return CompileOptions(
         num_threads=1,
         block_size=8,
         max_num_tokens=64,
         max_num_rows=16,
         max_model_len=64,
-        cache_dtype=cache_dtype,  # type: ignore[arg-type]
+        cache_dtype=cache_dtype,
         device=DeviceOptions(**device),
     )
 
@@ -112,7 +112,7 @@ def test_a_model_as_the_reference_computes_it(
     graph: Graph,
     weights: dict[str, StoredTensor],
     table: Table,
-    cache_dtype: str,
+    cache_dtype: CacheDtype,
     deterministic: bool,
 ) -> None:
     chosen = options(cache_dtype, kernels=table, deterministic=deterministic)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from octavo.backends.reference.sampling import gumbel_noise
 from octavo.backends.reference.sampling import sample as expected_sample
+from octavo.backends.torch.arrays import Staging, put_rows
 from octavo.backends.torch.kernels import SampleArrays, Sampled
 from octavo.backends.torch.plain import sample as plain
 from octavo.backends.torch.triton import sample as fast
@@ -33,35 +34,8 @@ def sample(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 
 
 def arrays(rows: SamplingRows) -> SampleArrays:
-    """The rows as the runner hands them over."""
-    filters, noise, penalties, bias = rows.filters, rows.noise, rows.penalties, rows.bias
-    given = {
-        "temperature": filters.temperature,
-        "top_k": filters.top_k,
-        "top_p": filters.top_p,
-        "min_p": filters.min_p,
-        "seed": noise.seed.view(np.int64),
-        "index": noise.index,
-        "position": noise.position,
-        "repetition": penalties.repetition,
-        "presence": penalties.presence,
-        "frequency": penalties.frequency,
-        "penalty_start": penalties.start,
-        "penalty_ids": penalties.token_ids,
-        "penalty_counts": penalties.counts,
-        "bias_start": bias.start,
-        "bias_ids": bias.token_ids,
-        "bias_values": bias.values,
-        "num_logprobs": rows.num_logprobs,
-    }
-    is_filtered = (filters.top_k > 0) | (filters.top_p < 1) | (filters.min_p > 0)
-    return SampleArrays(
-        **{name: torch.from_numpy(array.copy()) for name, array in given.items()},
-        num_top=max(0, int(rows.num_logprobs.max(initial=0))),
-        has_filters=bool(is_filtered.any()),
-        has_noise=bool((filters.temperature > 0).any()),
-        has_edits=len(penalties.token_ids) + len(bias.token_ids) > 0,
-    )
+    """The rows as a Program brings them to its device."""
+    return put_rows(Staging(torch.device("cpu")), rows)
 
 
 def sample_both(

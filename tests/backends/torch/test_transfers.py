@@ -229,7 +229,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch, dice: random.Random, device: An
     return Engine(Transfers(cache, device), dice)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_random_histories_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(30):
         engine = make_engine(monkeypatch, random.Random(seed), torch.device("cuda", 0))
