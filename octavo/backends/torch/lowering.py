@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
+from octavo.backends.torch.kernels import Activation, QuantizeMode
 from octavo.errors import ConfigError
 from octavo.graph import ops as op
 from octavo.graph.trace import Graph, Node
-
-QuantizeMode = Literal["int8 token", "fp8 token", "fp8 group"]
-Activation = Literal["silu", "gelu"]
 
 
 @dataclass(frozen=True, slots=True)

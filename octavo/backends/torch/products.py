@@ -10,8 +10,14 @@ from torch import Tensor
 
 from octavo.backends.torch import weights as there
 from octavo.backends.torch.int4 import round_to_int4
-from octavo.backends.torch.kernels import GroupedWeight, Kernels, Quantized, QuantizedWeight
-from octavo.backends.torch.lowering import Form, LinearCall, QuantizeMode
+from octavo.backends.torch.kernels import (
+    GroupedWeight,
+    Kernels,
+    Quantized,
+    QuantizedWeight,
+    QuantizeMode,
+)
+from octavo.backends.torch.lowering import Form, LinearCall
 from octavo.graph.tensors import BlockFloatTensor, GroupedTensor, StoredTensor
 
 
