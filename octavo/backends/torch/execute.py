@@ -107,7 +107,7 @@ class GraphExecutor:
                 case EmbedCall(weight, scale, out):
                     values[out] = _embed(self._weights.tables[weight], token_ids, scale)
                 case SelectCall(x, out):
-                    values[out] = _dense(values, x)[logits_rows]
+                    values[out] = _dense(values, x).index_select(0, logits_rows)
                 case AttentionCall():
                     values[call.out] = self._attend(call, values, step)
                 case _:
@@ -150,7 +150,7 @@ class GraphExecutor:
 
 
 def _embed(table: Tensor, token_ids: Tensor, scale: float) -> Tensor:
-    rows = table[token_ids]
+    rows = torch.nn.functional.embedding(token_ids, table)
     # A number of Python is rounded to float32 by the product, as the contract says.
     return rows if scale == 1.0 else (rows.float() * scale).to(rows.dtype)
 

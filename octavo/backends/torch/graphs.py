@@ -3,12 +3,13 @@
 A step in which every sequence has one token is padded to the next size of its number of sequences
 and of its block tables. The first step of a size runs as it is, which loads its kernels; the second
 is captured, without being computed, and replayed from then on. So a server starts without capturing
-anything, and each size costs it the time of one step once.
+anything, and each size costs it the time of one step once. Sizes share the memory of their steps
+and one tensor of logits; where a device has little memory left, further sizes run as they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from octavo.backends.torch.arrays import Staging, put_step
 from octavo.backends.torch.execute import GraphExecutor
+from octavo.backends.torch.kernels import StepArrays
 from octavo.graph.batch import Batch
 
 LEAST_TABLE_TOKENS = 1024
 """Block tables are padded to hold 1, 4, 16 ... times so many tokens."""
+LEAST_FREE_BYTES = 128 << 20
+"""Of the device, to capture a size."""
 
 
 def padded_count(count: int) -> int:
@@ -74,22 +78,25 @@ class _Size:
     staging: Staging
     is_loaded: bool = False
     graph: torch.cuda.CUDAGraph | None = None
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class DecodeGraphs:
     """The captured steps of one Program."""
 
-    def __init__(self, device: torch.device, executor: GraphExecutor, block_size: int) -> None:
+    def __init__(
+        self, device: torch.device, executor: GraphExecutor, block_size: int, max_num_rows: int
+    ) -> None:
         """Start without any."""
         self._device = device
         self._executor = executor
         self._block_size = block_size
+        self._most_rows = padded_count(max_num_rows)
         self._sizes: dict[tuple[int, int], _Size] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._logits: Tensor | None = None
 
     def run(self, batch: Batch, last_tokens: Tensor) -> Tensor:
-        """The logits [B, vocab] of a decode step; valid until the next call.
+        """The logits [B, vocab] of a decode step in float32; valid until the next call.
 
         Args:
             batch: the step.
@@ -98,17 +105,32 @@ class DecodeGraphs:
         padded = pad_decode(batch, self._block_size)
         shape = padded.block_tables[0].shape
         size = self._sizes.setdefault(shape, _Size(Staging(self._device)))
-        step, ids, rows = put_step(size.staging, padded, last_tokens)
-        # What is captured serves every step of this size.
-        step = replace(step, max_seq_len=shape[1] * self._block_size)
-        if size.graph is not None:
-            size.graph.replay()
-        elif size.is_loaded:
-            size.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(size.graph, pool=self._pool):
-                size.logits = self._executor.run(step, ids, rows, {}, {"logits"})["logits"]
-            size.graph.replay()
-        else:
+        arrays = put_step(size.staging, padded, last_tokens)
+        if size.graph is None and size.is_loaded and self._has_room():
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on with what they do on the device.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._compute(*arrays)
+            size.graph = graph
+        if size.graph is None:
+            self._compute(*arrays)
             size.is_loaded = True
-            size.logits = self._executor.run(step, ids, rows, {}, {"logits"})["logits"]
-        return size.logits[: len(batch.seq_lens)]
+        else:
+            size.graph.replay()
+        assert self._logits is not None
+        return self._logits[: len(batch.seq_lens)]
+
+    def _compute(self, step: StepArrays, ids: Tensor, rows: Tensor) -> None:
+        """Compute a step into the logits that all sizes share."""
+        # What is captured serves every step of this size.
+        step = replace(step, max_seq_len=step.block_tables.shape[1] * self._block_size)
+        logits = self._executor.run(step, ids, rows, {}, {"logits"})["logits"]
+        if self._logits is None:
+            shape = (self._most_rows, logits.shape[1])
+            self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
+        self._logits[: len(logits)].copy_(logits)
+
+    def _has_room(self) -> bool:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return int(free) >= LEAST_FREE_BYTES

@@ -13,7 +13,7 @@ from octavo.backends import reference
 from octavo.backends import torch as backend
 from octavo.backends.program import CompileOptions, DeviceOptions, Program
 from octavo.backends.torch.arrays import Staging, put_step
-from octavo.backends.torch.graphs import is_decode, pad_decode, padded_count, padded_width
+from octavo.backends.torch.graphs import pad_decode
 from octavo.backends.torch.lowering import Form, LinearCall, NormCall, lower
 from octavo.backends.torch.program import TorchProgram
 from octavo.errors import ConfigError, KernelError
@@ -206,23 +206,6 @@ def test_the_largest_steps_need_a_pool_of_one_block(
     assert steps == [(64, 64, 16), (16, 64, 16)]
     assert program.spare_bytes() is None, "torch's CPU device has no memory of its own"
     program.allocate_cache(3)
-
-
-def test_sizes_of_captured_steps() -> None:
-    counts = [padded_count(count) for count in range(1, 300)]
-    assert all(padded >= count for count, padded in enumerate(counts, start=1))
-    assert all(padded <= max(8, 1.26 * count + 7) for count, padded in enumerate(counts, start=1))
-    assert len(set(counts)) <= 24
-    assert [padded_count(n) for n in (1, 2, 3, 9, 64, 65, 256)] == [1, 2, 4, 16, 64, 80, 256]
-    assert [padded_width(n, 16) for n in (1, 64, 65, 300, 5000)] == [64, 64, 256, 1024, 16384]
-
-
-def test_what_counts_as_decode(kit: Any) -> None:
-    *mixed, decode = steps(kit)
-    assert is_decode(decode)
-    assert not any(is_decode(step) for step in mixed)
-    assert not is_decode(replace(decode, logits_rows=np.array([0, 2, 1], np.int32)))
-    assert not is_decode(replace(decode, logits_rows=np.array([0], np.int32)))
 
 
 def test_operators_run_together(graph: Graph) -> None:
