@@ -140,6 +140,6 @@ def put_rows(staging: Staging, rows: SamplingRows) -> SampleArrays:
 
 
 def put_ids(ids: Int32, device: torch.device) -> Tensor:
-    """Ids of blocks, or pairs of them, on the device, int64; the host does not wait for it."""
-    values = torch.from_numpy(ids.astype(np.int64))
+    """Ids of blocks, or pairs of them, on the device; the host does not wait for it."""
+    values = torch.from_numpy(ids.copy())
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,22 @@ _CODES = (torch.int8, torch.float8_e4m3fn)
 _SCALE_BYTES = 4
 _WORD = torch.int64
 """Blocks are moved in these: the bytes of a layer's block are a multiple of its 8 slots or more."""
+
+
+def independent(pairs: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Copies (source, destination), one after another, as lists whose copies may run at once."""
+    together: list[tuple[int, int]] = []
+    sources: set[int] = set()
+    destinations: set[int] = set()
+    for source, destination in pairs:
+        if source in destinations or destination in sources | destinations:
+            yield together
+            together, sources, destinations = [], set(), set()
+        together.append((source, destination))
+        sources.add(source)
+        destinations.add(destination)
+    if together:
+        yield together
 
 
 class KVCache:
@@ -85,10 +103,6 @@ class KVCache:
             scales = blocks[:, self._value_bytes :].view(torch.float32)
             scales = scales.unflatten(1, self._shape[:-1])
         return LayerCache(values.unflatten(1, self._shape), scales)
-
-    def copy(self, pairs: Tensor) -> None:
-        """Copy blocks, (source, destination) [P, 2]; all are read before any is written."""
-        self.pool[:, pairs[:, 1]] = self.pool[:, pairs[:, 0]]
 
     def gather(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """The content of blocks [B], layer after layer: uint8 [B, block_bytes]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from octavo.backends.program import Bytes, CompileOptions
 from octavo.backends.torch.arrays import Staging, put_ids, put_rows, put_step
-from octavo.backends.torch.cache import KVCache
+from octavo.backends.torch.cache import KVCache, independent
 from octavo.backends.torch.device import describe
 from octavo.backends.torch.execute import GraphExecutor
 from octavo.backends.torch.graphs import DecodeGraphs, is_decode
@@ -43,7 +44,7 @@ class Pending:
         """Wait for it."""
         if self._event is not None:
             self._event.synchronize()
-        return _output(self._sampled, {})
+        return _output(self._sampled)
 
 
 class TorchProgram:
@@ -70,7 +71,8 @@ class TorchProgram:
         self._rows_staging = Staging(device)
         self._last_tokens = torch.zeros(0, dtype=torch.int32, device=device)
         has_graphs = device.type == "cuda" and cache is not None
-        self._graphs = DecodeGraphs(device, executor, options.block_size) if has_graphs else None
+        sizes = (options.block_size, options.max_num_rows)
+        self._graphs = DecodeGraphs(device, executor, *sizes) if has_graphs else None
 
     @property
     def description(self) -> str:
@@ -126,12 +128,9 @@ class TorchProgram:
     def copy_blocks(self, pairs: Int32) -> None:
         """Copy whole blocks, one pair after another."""
         cache = self._cache_of_blocks(pairs, (2,))
-        origin: dict[int, int] = {}
-        for source, destination in pairs.tolist():
-            origin[destination] = origin.get(source, source)
-        if origin:
-            merged = np.array([(s, d) for d, s in origin.items()], np.int32)
-            cache.copy(put_ids(merged, self._device))
+        for together in independent(pairs.tolist()):
+            there = put_ids(np.array(together, np.int32), self._device)
+            self._alive().kernels.copy_blocks(cache.pool, there)
 
     def read_blocks(self, ids: Int32, out: Sequence[Bytes] | None = None) -> PendingRows:
         """Begin to read whole blocks, layer after layer."""
@@ -170,7 +169,8 @@ class TorchProgram:
             if name not in self._graph.outputs:
                 raise KernelError(f"the graph has no output {name}")
         values, sampled = self._begin(batch, rows, wants)
-        return _output(sampled, {name: _to_host(values[name]) for name in wants})
+        output = Pending(sampled, self._device).result()
+        return replace(output, values={name: _to_host(values[name]) for name in wants})
 
     def start(self, batch: Batch, rows: SamplingRows | None) -> Pending:
         """Begin one step; raises as `run` does."""
@@ -275,7 +275,7 @@ def _to_host(value: Tensor) -> Float32:
     return array
 
 
-def _output(sampled: Sampled | None, values: Mapping[str, Float32]) -> StepOutput:
+def _output(sampled: Sampled | None) -> StepOutput:
     if sampled is None:
         none, no_floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
         return StepOutput(
@@ -283,12 +283,10 @@ def _output(sampled: Sampled | None, values: Mapping[str, Float32]) -> StepOutpu
             logprobs=no_floats,
             top_ids=none.reshape(0, 0),
             top_logprobs=no_floats.reshape(0, 0),
-            values=values,
         )
     return StepOutput(
-        tokens=sampled.tokens.cpu().numpy(),
-        logprobs=sampled.logprobs.cpu().numpy(),
-        top_ids=sampled.top_ids.cpu().numpy(),
-        top_logprobs=sampled.top_logprobs.cpu().numpy(),
-        values=values,
+        tokens=sampled.tokens.numpy(),
+        logprobs=sampled.logprobs.numpy(),
+        top_ids=sampled.top_ids.numpy(),
+        top_logprobs=sampled.top_logprobs.numpy(),
     )
