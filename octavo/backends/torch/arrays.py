@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from octavo.backends.torch.kernels import SampleArrays, StepArrays
 from octavo.graph.batch import Batch, Int32, SamplingRows
 
 _ALIGNMENT = 16
+_MOST_LAYOUTS = 64
 _DTYPES = {
     "int32": torch.int32,
     "int64": torch.int64,
@@ -22,6 +24,23 @@ _DTYPES = {
 }
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where arrays of certain sizes lie.
+
+    Attributes:
+        hosts: views of the host's memory, for each of the two turns.
+        there: views of the device's.
+        pieces: for each turn the host's memory that holds all of them.
+        piece: the device's.
+    """
+
+    hosts: tuple[list[Array], list[Array]]
+    there: list[Tensor]
+    pieces: tuple[Tensor, Tensor]
+    piece: Tensor
 
 
 class Staging:
@@ -37,35 +56,56 @@ class Staging:
         """Start with little; it grows."""
         self._device = device
         self._turn = 0
-        self._hosts, self._there = self._make(1 << 16)
+        self._make(1 << 16)
 
     def put(self, arrays: Sequence[Array]) -> list[Tensor]:
         """The arrays on the device, uint64 as the same bits in int64."""
+        sizes = tuple([(array.dtype.name, array.shape) for array in arrays])
+        layout = self._layouts.get(sizes)
+        if layout is None:
+            layout = self._lay_out(arrays)
+            if len(self._layouts) == _MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[sizes] = layout
+        self._turn = 1 - self._turn
+        for place, array in zip(layout.hosts[self._turn], arrays, strict=True):
+            place[...] = array
+        layout.piece.copy_(layout.pieces[self._turn], non_blocking=True)
+        return layout.there
+
+    def _lay_out(self, arrays: Sequence[Array]) -> _Layout:
         places = []
         end = 0
         for array in arrays:
             places.append(end)
             end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         if end > len(self._there):
-            self._hosts, self._there = self._make(2 * end)
-        self._turn = 1 - self._turn
-        host = self._hosts[self._turn]
-        there: NDArray[np.uint8] = host.numpy()
-        for array, place in zip(arrays, places, strict=True):
-            there[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
-        self._there[:end].copy_(host[:end], non_blocking=True)
-        return [
-            self._there[place : place + array.nbytes]
-            .view(_DTYPES[array.dtype.name])
-            .view(array.shape)
-            for array, place in zip(arrays, places, strict=True)
-        ]
+            self._make(2 * end)
 
-    def _make(self, num_bytes: int) -> tuple[list[Tensor], Tensor]:
+        def views(memory: Tensor) -> list[Tensor]:
+            return [
+                memory[place : place + array.nbytes]
+                .view(_DTYPES[array.dtype.name])
+                .view(array.shape)
+                for array, place in zip(arrays, places, strict=True)
+            ]
+
+        first, second = self._hosts
+        return _Layout(
+            ([v.numpy() for v in views(first)], [v.numpy() for v in views(second)]),
+            views(self._there),
+            (first[:end], second[:end]),
+            self._there[:end],
+        )
+
+    def _make(self, num_bytes: int) -> None:
         # NOTE: what the device may still copy from is kept alive by torch until it has.
         is_there = self._device.type != "cpu"
-        hosts = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_there) for _ in range(2)]
-        return hosts, torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        self._hosts = [
+            torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_there) for _ in range(2)
+        ]
+        self._there = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        self._layouts: dict[tuple[tuple[str, tuple[int, ...]], ...], _Layout] = {}
 
 
 def put_step(

@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.backends.torch.arrays import Staging, put_step
 from octavo.backends.torch.execute import GraphExecutor
 from octavo.backends.torch.kernels import StepArrays
-from octavo.graph.batch import Batch
+from octavo.graph.batch import Batch, Int32
 
 LEAST_TABLE_TOKENS = 1024
 """Block tables are padded to hold 1, 4, 16 ... times so many tokens."""
@@ -55,20 +55,25 @@ def is_decode(batch: Batch) -> bool:
 def pad_decode(batch: Batch, block_size: int) -> Batch:
     """The step with rows that compute nothing (see kernels.StepArrays) up to the next size."""
     (table,), (slots,) = batch.block_tables, batch.slot_mapping
-    more = padded_count(len(batch.seq_lens)) - len(batch.seq_lens)
+    count = padded_count(len(batch.seq_lens))
     width = padded_width(table.shape[1], block_size)
-    count = len(batch.seq_lens) + more
     counting = np.arange(count + 1, dtype=np.int32)
     return replace(
         batch,
-        token_ids=np.pad(batch.token_ids, (0, more)),
-        positions=np.pad(batch.positions, ((0, 0), (0, more))),
+        token_ids=_padded(batch.token_ids, (count,)),
+        positions=_padded(batch.positions, (1, count)),
         query_start_loc=counting,
-        seq_lens=np.pad(batch.seq_lens, (0, more)),
-        block_tables=(np.pad(table, ((0, more), (0, width - table.shape[1]))),),
-        slot_mapping=(np.pad(slots, (0, more), constant_values=-1),),
+        seq_lens=_padded(batch.seq_lens, (count,)),
+        block_tables=(_padded(table, (count, width)),),
+        slot_mapping=(_padded(slots, (count,), -1),),
         logits_rows=counting[:-1],
     )
+
+
+def _padded(array: Int32, shape: tuple[int, ...], value: int = 0) -> Int32:
+    padded = np.full(shape, value, np.int32)
+    padded[tuple([slice(size) for size in array.shape])] = array
+    return padded
 
 
 @dataclass(slots=True)
