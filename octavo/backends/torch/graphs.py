@@ -21,7 +21,7 @@ from octavo.backends.torch.kernels import StepArrays
 from octavo.graph.batch import Batch, Int32
 
 LEAST_TABLE_TOKENS = 1024
-"""Block tables are padded to hold 1, 4, 16 ... times so many tokens."""
+"""Block tables are padded to hold 1, 2, 4 ... times so many tokens."""
 LEAST_FREE_BYTES = 128 << 20
 """Of the device, to capture a size."""
 
@@ -38,7 +38,7 @@ def padded_width(num_blocks: int, block_size: int) -> int:
     """The size that block tables are padded to."""
     width = max(1, LEAST_TABLE_TOKENS // block_size)
     while width < num_blocks:
-        width *= 4
+        width *= 2
     return width
 
 
@@ -52,11 +52,10 @@ def is_decode(batch: Batch) -> bool:
     )
 
 
-def pad_decode(batch: Batch, block_size: int) -> Batch:
-    """The step with rows that compute nothing (see kernels.StepArrays) up to the next size."""
+def pad_decode(batch: Batch) -> Batch:
+    """The step with rows that compute nothing (see kernels.StepArrays) up to the next count."""
     (table,), (slots,) = batch.block_tables, batch.slot_mapping
     count = padded_count(len(batch.seq_lens))
-    width = padded_width(table.shape[1], block_size)
     counting = np.arange(count + 1, dtype=np.int32)
     return replace(
         batch,
@@ -64,7 +63,7 @@ def pad_decode(batch: Batch, block_size: int) -> Batch:
         positions=_padded(batch.positions, (1, count)),
         query_start_loc=counting,
         seq_lens=_padded(batch.seq_lens, (count,)),
-        block_tables=(_padded(table, (count, width)),),
+        block_tables=(_padded(table, (count, table.shape[1])),),
         slot_mapping=(_padded(slots, (count,), -1),),
         logits_rows=counting[:-1],
     )
@@ -99,6 +98,7 @@ class DecodeGraphs:
         self._sizes: dict[tuple[int, int], _Size] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._logits: Tensor | None = None
+        self._is_full = False
 
     def run(self, batch: Batch, last_tokens: Tensor) -> Tensor:
         """The logits [B, vocab] of a decode step in float32; valid until the next call.
@@ -107,10 +107,13 @@ class DecodeGraphs:
             batch: the step.
             last_tokens: what the step before has sampled, on the device.
         """
-        padded = pad_decode(batch, self._block_size)
-        shape = padded.block_tables[0].shape
-        size = self._sizes.setdefault(shape, _Size(Staging(self._device)))
-        arrays = put_step(size.staging, padded, last_tokens)
+        padded = pad_decode(batch)
+        width = padded_width(batch.block_tables[0].shape[1], self._block_size)
+        shape = (len(padded.seq_lens), width)
+        size = self._sizes.get(shape)
+        if size is None:
+            size = self._sizes[shape] = _Size(Staging(self._device))
+        arrays = put_step(size.staging, padded, last_tokens, width)
         if size.graph is None and size.is_loaded and self._has_room():
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on with what they do on the device.
@@ -136,6 +139,8 @@ class DecodeGraphs:
         self._logits[: len(logits)].copy_(logits)
 
     def _has_room(self) -> bool:
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return int(free) >= LEAST_FREE_BYTES
+        if not self._is_full:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self._device)
+            self._is_full = int(free) < LEAST_FREE_BYTES
+        return not self._is_full

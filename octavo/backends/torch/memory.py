@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def measure_spare_bytes(device: torch.device, run_largest: Callable[[], None]) -
 
 
 def largest_step(counts: NDArray[np.intp], seq_len: int, limits: CompileOptions) -> Batch:
-    """A step of sequences that are all in block 0, with as many sampled rows as there may be.
+    """A step of sequences that read block 0 and write nothing, with the most sampled rows.
 
     Args:
         counts: tokens of each sequence.
@@ -50,31 +50,48 @@ def largest_step(counts: NDArray[np.intp], seq_len: int, limits: CompileOptions)
         query_start_loc=starts,
         seq_lens=np.full(len(counts), seq_len, np.int32),
         block_tables=(np.zeros((len(counts), width), np.int32),),
-        slot_mapping=(np.zeros(num_tokens, np.int32),),
+        slot_mapping=(np.full(num_tokens, -1, np.int32),),
         logits_rows=np.arange(min(num_tokens, limits.max_num_rows), dtype=np.int32),
     )
 
 
-def sampling_rows(count: int) -> SamplingRows:
-    """Rows that need as much memory as rows can: filters, penalties and log probabilities."""
+def sampling_rows(count: int, *, filtered: bool = True, num_logprobs: int = 20) -> SamplingRows:
+    """Rows with noise, and by default all that needs memory: a bias, filters, logprobs."""
     ones, none = np.ones(count, np.float32), np.zeros(count, np.int32)
     start = np.zeros(count + 1, np.int32)
     return SamplingRows(
         filters=Filters(
             temperature=ones,
-            top_k=none + np.int32(50),
-            top_p=ones * np.float32(0.9),
+            top_k=none + np.int32(50 if filtered else 0),
+            top_p=ones * np.float32(0.9 if filtered else 1),
             min_p=ones * 0,
         ),
         noise=Noise(seed=none.astype(np.uint64), index=none, position=none),
         penalties=Penalties(
             repetition=ones,
-            presence=ones,
-            frequency=ones,
+            presence=ones * 0,
+            frequency=ones * 0,
             start=start,
             token_ids=none[:0],
             counts=none[:0],
         ),
-        bias=Bias(start=start, token_ids=none[:0], values=ones[:0]),
-        num_logprobs=none + np.int32(20),
+        bias=Bias(
+            start=np.minimum(np.arange(count + 1, dtype=np.int32), int(filtered)),
+            token_ids=none[: int(filtered)],
+            values=ones[: int(filtered)],
+        ),
+        num_logprobs=none + np.int32(num_logprobs),
     )
+
+
+def steps_to_load(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]]:
+    """Steps that kernels are compiled or loaded for, which would make requests wait.
+
+    Products have tiles for 1 token, up to 16, 64, 256 and more; attention has its own for decode.
+    """
+    for number, tokens in enumerate((1, 2, 17, 65, 257)):
+        if tokens <= min(limits.max_num_tokens, limits.max_model_len):
+            batch = largest_step(np.array([tokens]), tokens, limits)
+            count = len(batch.logits_rows)
+            is_filtered, wanted = number % 2 == 1, 20 if number // 2 % 2 else -1
+            yield batch, sampling_rows(count, filtered=is_filtered, num_logprobs=wanted)

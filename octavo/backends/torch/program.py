@@ -16,7 +16,12 @@ from octavo.backends.torch.device import describe
 from octavo.backends.torch.execute import GraphExecutor
 from octavo.backends.torch.graphs import DecodeGraphs, is_decode
 from octavo.backends.torch.kernels import Sampled
-from octavo.backends.torch.memory import largest_step, measure_spare_bytes, sampling_rows
+from octavo.backends.torch.memory import (
+    largest_step,
+    measure_spare_bytes,
+    sampling_rows,
+    steps_to_load,
+)
 from octavo.backends.torch.transfers import PendingRows, Transfers, host_memory
 from octavo.errors import KernelError
 from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
@@ -124,6 +129,12 @@ class TorchProgram:
         if self._cache.num_blocks:
             raise KernelError("the cache is allocated once")
         self._cache.allocate(num_blocks)
+        if self._device.type == "cuda":
+            self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        for batch, rows in steps_to_load(self._options):
+            self.run(batch, rows)
 
     def copy_blocks(self, pairs: Int32) -> None:
         """Copy whole blocks, one pair after another."""
@@ -255,7 +266,9 @@ class TorchProgram:
         if self._cache is not None:
             num_blocks = self._cache.num_blocks
             faults += _outside("a block", batch.block_tables[0], num_blocks)
-            faults += _outside("a slot", batch.slot_mapping[0], num_blocks * limits.block_size)
+            slots = batch.slot_mapping[0]
+            slots = slots[slots != -1]  # nowhere
+            faults += _outside("a slot", slots, num_blocks * limits.block_size)
             if batch.block_tables[0].shape[1] * limits.block_size < batch.seq_lens.max():
                 faults.append("a block table is too short")
         if rows is not None and len(rows.num_logprobs) != len(batch.logits_rows):

@@ -197,7 +197,7 @@ def test_sizes_of_captured_steps() -> None:
     assert all(padded <= max(8, 1.26 * count + 7) for count, padded in enumerate(counts, start=1))
     assert len(set(counts)) <= 24
     assert [padded_count(n) for n in (1, 2, 3, 9, 64, 65, 256)] == [1, 2, 4, 16, 64, 80, 256]
-    assert [padded_width(n, 16) for n in (1, 64, 65, 300, 5000)] == [64, 64, 256, 1024, 16384]
+    assert [padded_width(n, 16) for n in (1, 64, 65, 300, 5000)] == [64, 64, 128, 512, 8192]
 
 
 def test_what_counts_as_decode(kit: Any) -> None:

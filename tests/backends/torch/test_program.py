@@ -174,8 +174,8 @@ def test_rows_that_pad_a_step_change_nothing(
     expected = program.run(batch, None, ("logits",)).values["logits"]
     after = np.stack(program.read_blocks(blocks).result())
     program.write_blocks(blocks, start)
-    padded = pad_decode(batch, 8)
-    assert (len(padded.token_ids), padded.block_tables[0].shape) == (4, (4, 128))
+    padded = pad_decode(batch)
+    assert (len(padded.token_ids), len(padded.block_tables[0])) == (4, 4)
     logits = run_padded(program, padded)
     assert logits[:3].tobytes() == expected.tobytes()
     assert np.isfinite(logits).all()
@@ -185,8 +185,9 @@ def test_rows_that_pad_a_step_change_nothing(
 def run_padded(program: TorchProgram, batch: Batch) -> np.ndarray:
     """As captured graphs are computed."""
     executor = program._alive()
-    step, ids, rows = put_step(Staging(torch.device("cpu")), batch, torch.zeros(0))
-    step = replace(step, max_seq_len=batch.block_tables[0].shape[1] * 8)
+    step, ids, rows = put_step(Staging(torch.device("cpu")), batch, torch.zeros(0), 128)
+    assert step.block_tables.shape == (4, 128)
+    step = replace(step, max_seq_len=128 * 8)
     values = executor.run(step, ids, rows, {}, {"logits"})
     return np.array(values["logits"].float().numpy())
 
@@ -205,7 +206,25 @@ def test_the_largest_steps_need_a_pool_of_one_block(
     program._run_largest()
     assert steps == [(64, 64, 16), (16, 64, 16)]
     assert program.spare_bytes() is None, "torch's CPU device has no memory of its own"
+
+
+def test_loading_kernels_leaves_no_trace(
+    graph: Graph, weights: dict[str, StoredTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = backend.compile(graph, weights, options())
+    run, steps = program.run, []
+
+    def note(batch: Batch, rows: Any) -> Any:
+        output = run(batch, rows)
+        assert (output.tokens >= 0).all()
+        steps.append((len(batch.token_ids), output.top_ids.shape[1]))
+        return output
+
+    monkeypatch.setattr(program, "run", note)
     program.allocate_cache(3)
+    program._load_kernels()
+    assert steps == [(1, 0), (2, 0), (17, 20)], "no more than a step's tokens"
+    assert not np.stack(program.read_blocks(np.arange(3, dtype=np.int32)).result()).any()
 
 
 def test_operators_run_together(graph: Graph) -> None:
