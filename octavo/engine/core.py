@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from octavo.config import EngineConfig
-from octavo.errors import ModelFileError
+from octavo.errors import EngineDeadError, ModelFileError
 from octavo.runner.executor import InProcessExecutor
 from octavo.scheduler.scheduler import Scheduler
 from octavo.tokenizer.eos import eos_token_ids
@@ -86,6 +86,7 @@ class EngineCore:
         self._in_flight: deque[PendingStep] = deque()
         self._num_steps = 0
         self._step_time_s = 0.0
+        self._is_broken = False
 
     @classmethod
     def load(
@@ -137,20 +138,35 @@ class EngineCore:
         """Compute one step and return what it added to each sequence.
 
         Where steps are computed elsewhere, the next one is on its way before the result of the last
-        one is taken; the first call then returns nothing.
+        one is taken; the first call then returns nothing. Who needs that result to go on, for
+        instance to penalize its tokens, has all wait for it: half as many steps are worse.
+
+        Raises:
+            EngineDeadError: an earlier step has raised.
         """
+        if self._is_broken:
+            raise EngineDeadError("a step has failed: this engine computes nothing any more")
+        self._is_broken = True  # What breaks off here leaves scheduler and executor at odds.
+        updates = self._advance()
+        self._is_broken = False
+        return updates
+
+    def _advance(self) -> list[TokenUpdate]:
         began = self._clock()
+        updates = self._take() if self._scheduler.awaits_result() else []
         plan = self._scheduler.schedule(now=began)
         if plan.scheduled:
             self._in_flight.append(self._executor.submit(plan))
-            if len(self._in_flight) < self._executor.depth:
-                return []
-        if not self._in_flight:
-            return []
-        updates = self._scheduler.update(self._in_flight.popleft().result())
-        self._num_steps += 1
+        has_room = len(self._in_flight) < self._executor.depth
+        if self._in_flight and not (plan.scheduled and has_room):
+            updates += self._take()
         self._step_time_s += self._clock() - began
         return updates
+
+    def _take(self) -> list[TokenUpdate]:
+        """Wait for the first step on its way."""
+        self._num_steps += 1
+        return self._scheduler.update(self._in_flight.popleft().result())
 
     def stats(self) -> EngineStats:
         """A snapshot of gauges and counters."""

@@ -23,6 +23,7 @@ from octavo.config import (
     token_budget,
 )
 from octavo.engine.core import EngineCore
+from octavo.engine.interrupts import deferred_interrupts
 from octavo.engine.output import OutputProcessor
 from octavo.engine.validation import complete_request
 from octavo.errors import ConfigError, EngineDeadError, InvalidRequestError
@@ -258,15 +259,17 @@ class LLM:
         answers: dict[str, RequestAnswer],
         advance: Callable[[], None],
     ) -> None:
-        while self._core.has_work():
-            for update in self._core.step():
-                result = processor.process(update)
-                for delta in result.deltas:
-                    answers[update.request_id].add(delta)
-                if result.is_stopped_here:
-                    self._core.abort(update.request_id, update.index)
-                if result.is_request_finished:
-                    advance()
+        with deferred_interrupts() as check_interrupt:
+            while self._core.has_work():
+                check_interrupt()
+                for update in self._core.step():
+                    result = processor.process(update)
+                    for delta in result.deltas:
+                        answers[update.request_id].add(delta)
+                    if result.is_stopped_here:
+                        self._core.abort(update.request_id, update.index)
+                    if result.is_request_finished:
+                        advance()
 
 
 @dataclass(slots=True)

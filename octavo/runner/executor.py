@@ -69,7 +69,7 @@ class InProcessExecutor:
             num_rows=config.max_num_seqs,
             max_model_len=loaded.max_model_len,
             block_size=config.block_size,
-            eos_token_ids=self._eos_token_ids(),
+            eos_token_ids=[one for one in self._eos_token_ids() if one < loaded.vocab_size],
             tier=self.tier,
         )
         return Capacity(

@@ -187,6 +187,10 @@ class Scheduler:
         """Whether a request is alive, so that `schedule` will plan something in a while."""
         return bool(self._requests)
 
+    def awaits_result(self) -> bool:
+        """Whether a sequence can be planned only with what a step in flight samples for it."""
+        return any(step.is_awaited for step in self._in_flight)
+
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes, pinned ones too; return how many blocks they had."""
         return self._tiers.clear()

@@ -39,6 +39,7 @@ class Step:
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     unsampled: list[tuple[Sequence, int]] = field(default_factory=list)
     sampling: list[Sequence] = field(default_factory=list)
+    is_awaited: bool = False
 
     @property
     def is_stuck(self) -> bool:
@@ -54,6 +55,8 @@ class Step:
             seq.last_step = number
             if seq.num_known_tokens < seq.num_foreseen_tokens:
                 seq.num_known_tokens += 1
+            elif not seq.request.can_look_ahead:
+                self.is_awaited = True
 
 
 class BlockSupply:

@@ -10,7 +10,7 @@ import pytest
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore, log_prefix, warm_up
-from octavo.errors import ContextLengthError, KernelError, ModelFileError
+from octavo.errors import ContextLengthError, EngineDeadError, KernelError, ModelFileError
 from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
     Capacity,
@@ -161,6 +161,22 @@ def test_the_error_of_a_step_comes_out() -> None:
     executor.error = KernelError("broken")
     with pytest.raises(KernelError, match="broken"):
         core.step()
+    executor.error = None
+    with pytest.raises(EngineDeadError, match="a step has failed"):
+        core.step()
+
+
+def test_who_needs_the_last_token_waits_for_it_once_a_step() -> None:
+    core, executor = make_core()
+    executor.depth = 2
+    core.add(request("penalized", max_tokens=20, repetition_penalty=1.1))
+    core.add(request("free", max_tokens=20))
+    tokens = {"penalized": 0, "free": 0}
+    for _ in range(8):
+        for update in core.step():
+            tokens[update.request_id] += len(update.token_ids)
+    assert tokens == {"penalized": 7, "free": 7}
+    assert len(executor.plans) == 8
 
 
 def test_the_warm_up_leaves_no_row() -> None:

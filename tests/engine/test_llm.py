@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from octavo.errors import (
     InvalidRequestError,
     ModelFileError,
 )
+from octavo.types import SchedulerOutput
 
 OPTIONS: dict[str, Any] = {"memory": "1MiB", "threads": 1}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -196,6 +199,37 @@ def test_a_bad_request_computes_nothing_and_leaves_nothing(llm: LLM) -> None:
         with pytest.raises(error):
             llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
     assert len(ids_of(llm.generate("a", GREEDY)[0])) == 6
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_ctrl_c_ends_the_call_between_steps(
+    tiny_model_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "backend": backend, "device": "cpu", "prefix_cache": False}
+    with LLM(str(tiny_model_path), **options) as llm:
+        expected = ids_of(llm.generate("on the", GREEDY)[0])
+        executor = llm._core._executor
+        submit, num_signals = executor.submit, 1
+
+        def interrupted(plan: SchedulerOutput) -> Any:
+            for _ in range(num_signals):
+                os.kill(os.getpid(), signal.SIGINT)
+            return submit(plan)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(["on the", "of it", "at"], GREEDY)
+            assert not llm._core.stats().num_running
+        assert ids_of(llm.generate("on the", GREEDY)[0]) == expected
+        num_signals = 2  # Whoever insists need not wait for the step, but the engine is gone.
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate("on the", GREEDY)
+        with pytest.raises(EngineDeadError, match="a step has failed"):
+            llm.generate("on the", GREEDY)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

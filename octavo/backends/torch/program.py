@@ -271,8 +271,11 @@ class TorchProgram:
             faults += _outside("a slot", slots, num_blocks * limits.block_size)
             if batch.block_tables[0].shape[1] * limits.block_size < batch.seq_lens.max():
                 faults.append("a block table is too short")
-        if rows is not None and len(rows.num_logprobs) != len(batch.logits_rows):
-            faults.append("sampling rows and logits_rows differ in number")
+        if rows is not None:
+            if len(rows.num_logprobs) != len(batch.logits_rows):
+                faults.append("sampling rows and logits_rows differ in number")
+            faults += _outside("a penalized token", rows.penalties.token_ids, vocabulary)
+            faults += _outside("a biased token", rows.bias.token_ids, vocabulary)
         if faults:
             raise KernelError("; ".join(faults))
 
