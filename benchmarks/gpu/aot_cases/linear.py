@@ -84,12 +84,9 @@ def _grouped(
             "bias": None, "ASCENDING": grouped_linear.ASCENDING,
         }  # fmt: skip
         types = {
-            "x": f"*{dtype}", "words": "*i32", "scales": "*fp16", "minimums": "*fp16",
-            "factors": "*fp32", "out": "*fp32" if is_shared else f"*{dtype}",
+            "x": f"*{dtype}", "words": "*i32", "scales": "*i32", "factors": "*fp32",
+            "out": "*fp32" if is_shared else f"*{dtype}",
         }  # fmt: skip
-        if not has_minimums:
-            types.pop("minimums")
-            constants["minimums"] = None
         kernel = grouped_linear.grouped_row_kernel
         if tokens == 1:
             constants["BLOCKS"] = warps
@@ -114,17 +111,11 @@ def _grouped(
 def _unpacks() -> Iterator[AotCase]:
     for form in ("Q4_K", "Q6_K"):
         bits, group, has_minimums = FORMS[form]
-        types = {
-            "words": "*i32", "scales": "*fp16", "minimums": "*fp16", "factors": "*fp32",
-            "out": "*bf16",
-        }  # fmt: skip
+        types = {"words": "*i32", "scales": "*i32", "factors": "*fp32", "out": "*bf16"}
         constants: dict[str, Any] = {
             "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums,
             "TILE_N": grouped_linear.TILE_N, "ASCENDING": grouped_linear.ASCENDING,
         }  # fmt: skip
-        if not has_minimums:
-            types.pop("minimums")
-            constants["minimums"] = None
         yield _case(
             f"unpack {form}", grouped_linear.unpack_kernel, types, constants, {"num_warps": 4}, ()
         )

@@ -123,7 +123,8 @@ def grouped_weight(setup: Setup, n: int, k: int, kind: tuple[int, int, bool]) ->
     minimums = (-scales * 2 ** (bits - 1) * 0.9).half() if has_minimums else None
     factors = 2.0 ** torch.randint(-9, -6, (n,), device=device).float()
     zero = 0 if has_minimums else 2 ** (bits - 1)
-    return GroupedWeight(words, scales.half(), minimums, factors, bits, zero, group, (n, k))
+    pairs = weights.pack_scales(scales.half(), minimums)
+    return GroupedWeight(words, pairs, has_minimums, factors, bits, zero, group, (n, k))
 
 
 def grouped(

@@ -147,7 +147,10 @@ class GroupedWeight:
 
     Attributes:
         codes: int32 [blocks, out_features, 16], words as `weights` lays them out.
-        scales, minimums: float16 [groups, out_features]; no minimums: None.
+        scales: int32, two float16 each, the first in the lower bits: [groups, out_features] of a
+            scale and a minimum; without minimums [ceil(groups / 2), out_features] of the scales of
+            two groups in a row.
+        has_minimums: whether there are minimums.
         factors: float32 [out_features], powers of two that scales and minimums are multiplied with.
         bits: of a code as packed, 4 or 8.
         zero: the code that stands for 0.
@@ -157,7 +160,7 @@ class GroupedWeight:
 
     codes: Tensor
     scales: Tensor
-    minimums: Tensor | None
+    has_minimums: bool
     factors: Tensor
     bits: int
     zero: int

@@ -44,7 +44,7 @@ class Product:
             tensors = [self.weight, self.bias]
         elif isinstance(self.weight, GroupedWeight):
             weight = self.weight
-            tensors = [weight.codes, weight.scales, weight.minimums, weight.factors, self.bias]
+            tensors = [weight.codes, weight.scales, weight.factors, self.bias]
         else:
             tensors = [self.weight.codes, self.weight.scales, self.bias]
         return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)

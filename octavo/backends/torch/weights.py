@@ -7,10 +7,11 @@ block is 16 words of 32 bits of a row: 4 units of 4 words. A unit has consecutiv
 bits and 16 with 8; word w of it has its columns w, w + 4, w + 8 and so on, the first in the lowest
 bits. So a thread that loads a unit, 16 bytes, needs one scale (two if groups have 16 columns and
 codes 4 bits), and x by fours. Blocks stand as [blocks, out_features, 16], so that what the
-rows of a tile need of a block is one piece of memory. Scales and minimums are float16, [groups,
-out_features], and each row has a power of two that they are multiplied with, so that none overflows
-and those of float16 (one level) stay as they are; those of two levels (the K-quants) are rounded to
-11 bits.
+rows of a tile need of a block is one piece of memory. Scales and minimums are float16, two in 32
+bits, the least that a kernel copies ahead: the scale and the minimum of a group, or the scales of
+two groups in a row; such pairs stand as [pairs, out_features]. Each row has a power of two that its
+scales and minimums are multiplied with, so that none overflows and those of float16 (one level)
+stay as they are; those of two levels (the K-quants) are rounded to 11 bits.
 
 Bytes a weight with 4 bits: 0.5625 with groups of 32, 0.625 with minimums too; with 8 bits 1.0625,
 and 1.125 with groups of 16.
@@ -114,14 +115,30 @@ def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
         scales[: scale.shape[1], rows] = (scale * up).to(torch.float16).T
     return GroupedWeight(
         codes=words,
-        scales=scales,
-        minimums=minimums,
+        scales=pack_scales(scales, minimums),
+        has_minimums=minimums is not None,
         factors=factors,
         bits=bits,
         zero=tensor.codes.zero,
         group=tensor.group,
         shape=(num_rows, columns),
     )
+
+
+def pack_scales(scales: Tensor, minimums: Tensor | None) -> Tensor:
+    """Scales and minimums, float16 [groups, out_features], as a GroupedWeight has them."""
+    if minimums is None:
+        even = torch.nn.functional.pad(scales, (0, 0, 0, len(scales) % 2))
+        scales, minimums = even[0::2], even[1::2]
+    return torch.stack((scales, minimums), 2).view(torch.int32).squeeze(2)
+
+
+def unpack_scales(weight: GroupedWeight) -> tuple[Tensor, Tensor | None]:
+    """The scales and minimums of `pack_scales`; perhaps one group more."""
+    halves = weight.scales.view(torch.float16).unflatten(1, (-1, 2))
+    if weight.has_minimums:
+        return halves[:, :, 0], halves[:, :, 1]
+    return halves.transpose(1, 2).flatten(0, 1), None
 
 
 def unpack_grouped(weight: GroupedWeight) -> Tensor:
@@ -133,9 +150,10 @@ def unpack_grouped(weight: GroupedWeight) -> Tensor:
     values = (codes - weight.zero).to(torch.float32)
     groups = values.unflatten(1, (-1, weight.group))
     num_groups = columns // weight.group
-    groups = groups * weight.scales[:num_groups].T[:, :, None].to(torch.float32)
-    if weight.minimums is not None:
-        groups = groups + weight.minimums[:num_groups].T[:, :, None].to(torch.float32)
+    scales, minimums = unpack_scales(weight)
+    groups = groups * scales[:num_groups].T[:, :, None].to(torch.float32)
+    if minimums is not None:
+        groups = groups + minimums[:num_groups].T[:, :, None].to(torch.float32)
     return groups.flatten(1) * weight.factors[:, None]
 
 
@@ -229,11 +247,10 @@ def concat(weights: Sequence[Weight]) -> Weight:
 
 def _concat_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
     first = weights[0]
-    minimums = [w.minimums for w in weights if w.minimums is not None]
     return GroupedWeight(
         codes=torch.cat([w.codes for w in weights], 1),
         scales=torch.cat([w.scales for w in weights], 1),
-        minimums=torch.cat(minimums, 1) if minimums else None,
+        has_minimums=first.has_minimums,
         factors=torch.cat([w.factors for w in weights]),
         bits=first.bits,
         zero=first.zero,
@@ -243,8 +260,7 @@ def _concat_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
 
 
 def _form(weight: GroupedWeight) -> tuple[object, ...]:
-    has_minimums = weight.minimums is not None
-    return weight.bits, weight.zero, weight.group, weight.shape[1], has_minimums
+    return weight.bits, weight.zero, weight.group, weight.shape[1], weight.has_minimums
 
 
 def _chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
