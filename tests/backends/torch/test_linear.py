@@ -279,7 +279,7 @@ def test_parts_of_one_program_or_of_several(
     asked = []
 
     def share(answer: bool) -> Any:
-        return lambda parts, num_tiles: asked.append(parts.num) or answer
+        return lambda parts, *_: asked.append(parts.num) or answer
 
     for file in (matmul_file, grouped_file, quantized_file):
         monkeypatch.setattr(file, "are_shared", share(True))

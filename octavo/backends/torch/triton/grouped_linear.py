@@ -33,6 +33,8 @@ TILE_N = 64
 FEW_TOKENS, MANY_TOKENS = 16, 64
 _MAX_TOKENS = 256
 _LEAST_BLOCKS = 4
+_PROGRAMS = 512
+"""Of tiles: four fit on a processor at a time with 16 tokens."""
 _BAND = 64
 FEW_OUTPUTS = 4096
 """Up to so many, no processor of an H200 has a second program, so each has twice the warps."""
@@ -291,9 +293,9 @@ def grouped_linear(
         return out
     tile_m = FEW_TOKENS if deterministic or tokens <= FEW_TOKENS else MANY_TOKENS
     n_tiles = triton.cdiv(n, TILE_N)
-    parts = cut(n_tiles, num_blocks, _LEAST_BLOCKS)
+    parts = cut(n_tiles, num_blocks, _LEAST_BLOCKS, _PROGRAMS)
     num_tiles = n_tiles * triton.cdiv(tokens, tile_m)
-    is_shared = are_shared(parts, num_tiles)
+    is_shared = are_shared(parts, num_tiles, _PROGRAMS)
     sums = new_sums(parts, tokens, n, x.device) if is_shared else out
     grouped_tile_kernel[(num_tiles, parts.num if is_shared else 1)](
         x, *packed, bias, sums, tokens, n, k, num_blocks, parts.num, parts.steps, *numbers,

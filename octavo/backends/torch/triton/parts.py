@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.backends.torch.triton.launch import FP_FUSION
 
-_PROGRAMS = 256
+PROGRAMS = 256
 """As many as keep two programs on each of an H200's 132 processors, or nearly."""
 _MAX_PARTS = 8
 _BLOCK = 1024
@@ -30,16 +30,16 @@ class Parts(NamedTuple):
     steps: int
 
 
-def cut(n_tiles: int, num_steps: int, least_steps: int) -> Parts:
+def cut(n_tiles: int, num_steps: int, least_steps: int, programs: int = PROGRAMS) -> Parts:
     """Cut `num_steps` steps of columns for a weight of `n_tiles` tiles of rows."""
-    count = max(1, min(_MAX_PARTS, _PROGRAMS // n_tiles, num_steps // least_steps))
+    count = max(1, min(_MAX_PARTS, programs // n_tiles, num_steps // least_steps))
     steps = triton.cdiv(num_steps, count)
     return Parts(triton.cdiv(num_steps, steps), steps)
 
 
-def are_shared(parts: Parts, num_tiles: int) -> bool:
+def are_shared(parts: Parts, num_tiles: int, programs: int = PROGRAMS) -> bool:
     """Whether programs share a tile: when tiles alone would leave half a device idle."""
-    return parts.num > 1 and num_tiles < _PROGRAMS // 2
+    return parts.num > 1 and num_tiles < programs // 2
 
 
 @triton.jit
