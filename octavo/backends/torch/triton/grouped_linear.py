@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.backends.torch.kernels import GroupedWeight
 from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import load_columns, place
+from octavo.backends.torch.triton.matmul import load_rows, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
 from octavo.backends.torch.weights import block_columns
 
@@ -216,8 +216,7 @@ def grouped_tile_kernel(
     at = first_out + tl.arange(0, TILE_N)
     row = tl.minimum(at, n - 1)
     lane = tl.arange(0, columns)
-    token = tl.minimum(rows, tokens - 1).to(tl.int64)
-    x_at = x + token[:, None] * x_stride + lane[None, :]
+    x_at = x + rows.to(tl.int64)[:, None] * x_stride + lane[None, :]
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     first_part = 0
     if IS_SHARED:
@@ -229,7 +228,7 @@ def grouped_tile_kernel(
         last = tl.minimum((part + 1) * part_blocks, num_blocks)
         for block in range(part * part_blocks, last):
             start = block * columns
-            values = load_columns(x_at + start, lane[None, :], k - start, WHOLE_K)
+            values = load_rows(x_at + start, rows < tokens, lane, k - start, WHOLE_K)
             weight = unpack_block(
                 words, scales, block, row, n, zero, mask, one,
                 TILE_N, BITS, GROUP, HAS_MINIMUMS, ASCENDING,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo.backends.torch.kernels import Quantized, QuantizedWeight
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import PIECE, TILE_N, load_columns, place
+from octavo.backends.torch.triton.matmul import PIECE, TILE_N, load_columns, load_rows, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
 from octavo.backends.torch.weights import BLOCK, has_block_scales
 
@@ -29,13 +29,14 @@ _SCALED_MM_CAPABILITY = (8, 9)
 
 @triton.jit
 def add_step(
-    sums, values, w, x_scales, w_scales, step, steps, rows, IS_BLOCKED: tl.constexpr
+    sums, values, w, x_scales, w_scales, step, steps, rows, tokens, IS_BLOCKED: tl.constexpr
 ):  # fmt: skip
     """Sums and those of one step of 128 columns."""
     if values.dtype == tl.int8:
         return tl.dot(values, w, sums, out_dtype=tl.int32)
     if IS_BLOCKED:
-        scale = tl.load(x_scales + rows * steps + step) * tl.load(w_scales + step)
+        x_scale = tl.load(x_scales + rows * steps + step, mask=rows < tokens, other=0.0)
+        scale = x_scale * tl.load(w_scales + step)
         return tl.fma(tl.dot(values, w), scale[:, None], sums)
     return sums + tl.dot(values, w)
 
@@ -78,11 +79,8 @@ def quantized_kernel(
     rows = first_row + tl.arange(0, PIECE)
     at = first_out + tl.arange(0, TILE_N)
     column = tl.arange(0, STEP)
-    # What lies outside is read from the last row instead, and never stored.
-    near = tl.minimum(rows, tokens - 1)
-    far = tl.minimum(rows + PIECE, tokens - 1)
-    near_at = x + near.to(tl.int64)[:, None] * x_stride + column[None, :]
-    far_at = x + far.to(tl.int64)[:, None] * x_stride + column[None, :]
+    near_at = x + rows.to(tl.int64)[:, None] * x_stride + column[None, :]
+    far_at = near_at + PIECE * x_stride
     w_row = tl.minimum(at, n - 1).to(tl.int64)
     w_at = weight + w_row[None, :] * weight_stride + column[:, None]
     w_scale_at = w_scales + first_out // TILE_N * steps
@@ -99,12 +97,15 @@ def quantized_kernel(
         for step in range(part * part_steps, tl.minimum((part + 1) * part_steps, steps)):
             start = step * STEP
             w = load_columns(w_at + start, column[:, None], k - start, WHOLE_K)
-            values = load_columns(near_at + start, column[None, :], k - start, WHOLE_K)
-            sums = add_step(sums, values, w, x_scales, w_scale_at, step, steps, near, IS_BLOCKED)
+            values = load_rows(near_at + start, rows < tokens, column, k - start, WHOLE_K)
+            sums = add_step(
+                sums, values, w, x_scales, w_scale_at, step, steps, rows, tokens, IS_BLOCKED
+            )
             if PIECES == 2:
-                values = load_columns(far_at + start, column[None, :], k - start, WHOLE_K)
+                far = rows + PIECE
+                values = load_rows(far_at + start, far < tokens, column, k - start, WHOLE_K)
                 far_sums = add_step(
-                    far_sums, values, w, x_scales, w_scale_at, step, steps, far, IS_BLOCKED
+                    far_sums, values, w, x_scales, w_scale_at, step, steps, far, tokens, IS_BLOCKED
                 )
         total += sums.to(tl.float32)
         if PIECES == 2:
