@@ -157,7 +157,8 @@ def _sums() -> Iterator[AotCase]:
             {"sums": "*fp32", "out": "*bf16", **dict.fromkeys(scaled, "*fp32")},
             {
                 **dict.fromkeys(absent), "HAS_ROW_SCALES": "row_scales" in scaled,
-                "HAS_SCALES": "scales" in scaled, "HAS_BIAS": False, "BLOCK": 1024,
+                "HAS_SCALES": "scales" in scaled, "HAS_BIAS": False, "BLOCK": 512,
+                "MAX_PARTS": parts.MAX_PARTS,
             },
             {"num_warps": 4},
             (),

@@ -19,6 +19,7 @@ from octavo.backends.torch.triton import quantized_linear as quantized_file
 from octavo.backends.torch.triton.grouped_linear import grouped_linear
 from octavo.backends.torch.triton.grouped_matmul import grouped_matmul
 from octavo.backends.torch.triton.matmul import matmul
+from octavo.backends.torch.triton.parts import sum_parts
 from octavo.backends.torch.triton.quantized_linear import quantized_linear
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
@@ -258,6 +259,23 @@ def test_grouped_matmul(
     actual = product(x, weight, offsets)
     for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
         assert_close(actual[start:stop], x[start:stop], weight[expert])
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 8])
+def test_sum_parts(rng: np.random.Generator, num_parts: int) -> None:
+    """In order, from 0.0 on."""
+    sums = random(rng, num_parts, 2, 515)
+    sums[:, :, :3] = -0.0
+    scales, row_scales, bias = random(rng, 515), random(rng, 2), random(rng, 515).bfloat16()
+    expected = torch.zeros(2, 515)
+    for part in sums:
+        expected = expected + part
+    out = torch.empty(2, 515)
+    sum_parts(sums, out, None)
+    assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+    sum_parts(sums, out, bias, scales, row_scales)
+    scaled = (expected * row_scales[:, None]).double() * scales + bias.double()
+    torch.testing.assert_close(out, scaled.float(), rtol=1e-6, atol=1e-5)
 
 
 def test_parts_of_one_program_or_of_several(
