@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,19 @@ def test_quantized_linear_rows_alone(
         rows = Quantized(x.codes[start:stop], x.scales[start:stop])
         alone = quantized_linear(rows, weight, None, torch.bfloat16, True)
         assert torch.equal(alone, whole[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("capability", "takes"), [((8, 0), False), ((8, 9), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_which_devices_take_scaled_mm(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], takes: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    codes = SimpleNamespace(shape=(65, 32), is_cuda=True, dtype=torch.float8_e4m3fn, device="cuda")
+    weight = QuantizedWeight(torch.zeros(16, 32, dtype=torch.float8_e4m3fn), torch.ones(16, 1))
+    x: Any = Quantized(codes, torch.ones(65, 1))  # type: ignore[arg-type]
+    assert quantized_file._takes_scaled_mm(x, weight, torch.bfloat16) == takes
 
 
 @pytest.mark.parametrize("product", [plain.grouped_matmul, grouped_matmul], ids=["plain", "triton"])

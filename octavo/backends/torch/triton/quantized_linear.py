@@ -24,7 +24,8 @@ from octavo.backends.torch.weights import BLOCK, has_block_scales
 
 _LEAST_STEPS = 4
 _BAND = 16
-_SCALED_MM_CAPABILITY = (8, 9)
+_SCALED_MM_CAPABILITIES = (8, 9), (11, 0)
+"""From the first on, below the second: torch's product may fail with scales of rows on 12.x."""
 
 
 @triton.jit
@@ -158,6 +159,7 @@ def quantized_linear(
 
 def _takes_scaled_mm(x: Quantized, weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     """Whether torch's product takes these, and there are enough rows for it to be the faster."""
+    first, end = _SCALED_MM_CAPABILITIES
     (tokens, k), n = x.codes.shape, weight.codes.shape[0]
     return (
         tokens > PIECE
@@ -167,7 +169,7 @@ def _takes_scaled_mm(x: Quantized, weight: QuantizedWeight, dtype: torch.dtype) 
         and dtype == torch.bfloat16
         and k % 16 == 0
         and n % 16 == 0
-        and torch.cuda.get_device_capability(x.codes.device) >= _SCALED_MM_CAPABILITY
+        and first <= torch.cuda.get_device_capability(x.codes.device) < end
     )
 
 
