@@ -14,6 +14,7 @@ from octavo.backends.torch.triton import (
     matmul,
     parts,
     quantized_linear,
+    row_linear,
 )
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
@@ -144,6 +145,31 @@ def _quantized(codes: str, *, is_blocked: bool) -> Iterator[AotCase]:
             )
 
 
+def _rows() -> Iterator[AotCase]:
+    for dtype in ("bf16", "fp16", "fp32", "fp8e4nv"):
+        scales = ("x_scales", "w_scales")
+        is_fp8 = dtype == "fp8e4nv"
+        types = {"x": f"*{dtype}", "weight": f"*{dtype}", "bias": "*bf16", "out": "*bf16"}
+        if not is_fp8:
+            types |= {"bias": f"*{dtype}", "out": f"*{dtype}"}
+        width = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}[dtype]
+        for lanes, targets in ((32, FP8_NVIDIA if is_fp8 else NVIDIA), (64, AMD)):
+            if is_fp8 and targets == AMD:
+                continue
+            warps = row_linear.WIDTH * width // (16 * lanes)
+            yield _case(
+                f"row linear {dtype} warps {warps}",
+                row_linear.row_linear_kernel,
+                types | (dict.fromkeys(scales, "*fp32") if is_fp8 else {}),
+                {
+                    "HAS_SCALES": is_fp8, "HAS_BIAS": True, "ROWS": row_linear.ROWS,
+                    "WIDTH": row_linear.WIDTH, **({} if is_fp8 else dict.fromkeys(scales)),
+                },
+                {"num_warps": warps},
+                targets,
+            )  # fmt: skip
+
+
 def _sums() -> Iterator[AotCase]:
     for name, scaled in (
         ("", ()),
@@ -192,6 +218,7 @@ CASES = (
     *_quantized("i8", is_blocked=False),
     *_quantized("fp8e4nv", is_blocked=False),
     *_quantized("fp8e4nv", is_blocked=True),
+    *_rows(),
     *_experts(),
     *_sums(),
 )

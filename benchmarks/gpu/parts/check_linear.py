@@ -51,7 +51,7 @@ def cases(setup: Setup, kernels: Kernels) -> dict[str, dict[str, Callable[[], fl
     """What is checked, by kind and name."""
     found: dict[str, dict[str, Callable[[], float]]] = {"grouped": {}}
     found["dense"] = {
-        f"matmul {NAMES[dtype]}": lambda d=dtype: dense(setup, kernels, d)
+        f"matmul and linear {NAMES[dtype]}": lambda d=dtype: dense(setup, kernels, d)
         for dtype in (BF16, F16, F32)
     }
     for kind in GROUPED:
@@ -104,7 +104,8 @@ def dense(setup: Setup, kernels: Kernels, dtype: torch.dtype) -> float:
         x = random(setup, tokens, k, dtype)
         weight = random(setup, n, k, dtype, 2).contiguous()
         bias = random(setup, 1, n, dtype, 3)[0].contiguous() if number % 2 else None
-        worst = max(worst, product_error(kernels.matmul(x, weight, bias), x, weight, bias))
+        for multiply in (kernels.matmul, kernels.linear):
+            worst = max(worst, product_error(multiply(x, weight, bias), x, weight, bias))
     return worst
 
 

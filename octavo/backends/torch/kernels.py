@@ -204,6 +204,7 @@ class Kernels:
         attention: (q [T, heads * D], cache, arrays, operator, deterministic) → [T, heads * D].
         matmul: (x [T, K], weight [N, K] of x's dtype, bias of x's dtype [N] or None) → [T, N], each
             row in the same order of sums whatever T.
+        linear: the same, in whatever order of sums is fast for this T.
         grouped_linear: (x [T, K], weight, bias or None, deterministic) → [T, N].
         quantized_linear: (x, weight, bias or None, dtype of the result, deterministic) → [T, N].
         sample: (logits [S, V] float32, which it may overwrite, rows) → Sampled.
@@ -219,6 +220,7 @@ class Kernels:
     ]
     attention: Callable[[Tensor, LayerCache, StepArrays, op.PagedAttention, bool], Tensor]
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     grouped_linear: Callable[[Tensor, GroupedWeight, Tensor | None, bool], Tensor]
     quantized_linear: Callable[
         [Quantized, QuantizedWeight, Tensor | None, torch.dtype, bool], Tensor

@@ -60,9 +60,8 @@ class Product:
         assert not isinstance(x, Quantized), "only a product with codes reads codes"
         if isinstance(self.weight, GroupedWeight):
             return kernels.grouped_linear(x, self.weight, self.bias, deterministic)
-        if deterministic:
-            return kernels.matmul(x, self.weight, self.bias)
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        multiply = kernels.matmul if deterministic else kernels.linear
+        return multiply(x, self.weight, self.bias)
 
 
 ROUNDED: Mapping[str, tuple[there.WeightMode, QuantizeMode]] = {

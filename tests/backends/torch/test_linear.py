@@ -17,11 +17,13 @@ from octavo.backends.torch.plain import linear as plain
 from octavo.backends.torch.triton import grouped_linear as grouped_file
 from octavo.backends.torch.triton import matmul as matmul_file
 from octavo.backends.torch.triton import quantized_linear as quantized_file
+from octavo.backends.torch.triton import row_linear as row_file
 from octavo.backends.torch.triton.grouped_linear import grouped_linear
 from octavo.backends.torch.triton.grouped_matmul import grouped_matmul
 from octavo.backends.torch.triton.matmul import matmul
 from octavo.backends.torch.triton.parts import sum_parts
 from octavo.backends.torch.triton.quantized_linear import quantized_linear
+from octavo.backends.torch.triton.row_linear import linear
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
@@ -74,6 +76,27 @@ def test_matmul(
     assert actual.dtype == dtype
     assert_close(actual, x, weight, bias)
     assert_close(matmul(x, weight, None), x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(1, 7), (5, 1024), (131, 1100), (8, 2064)])
+def test_linear_of_one_row(
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+) -> None:
+    x, bias = rows_of(rng, 1, k, dtype), random(rng, n).to(dtype)
+    weight = rows_of(rng, n, k, dtype)
+    for rows, given in ((x, bias), (x, None), (x[:0], bias)):
+        actual = linear(rows, weight, given)
+        assert actual.dtype == dtype
+        assert_close(actual, rows, weight, given)
+    monkeypatch.setattr(row_file, "row_linear_kernel", None)
+    assert_close(linear(x.expand(2, k), weight, None), x.expand(2, k), weight)
+    monkeypatch.setattr(row_file, "_MANY_OUTPUTS", n)
+    assert_close(linear(x, weight, None), x, weight)
 
 
 @pytest.mark.parametrize("matmul", MATMUL.values(), ids=MATMUL)
@@ -212,7 +235,12 @@ MODES = ["int8 row", "int8 whole", "fp8 row", "fp8 block", "fp8 whole"]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "dtype"),
-    [(1, 5, 16, torch.float32), (2, 131, 144, torch.bfloat16), (67, 5, 272, torch.float16)],
+    [
+        (1, 5, 16, torch.float32),
+        (1, 6, 1040, torch.bfloat16),
+        (2, 131, 144, torch.bfloat16),
+        (67, 5, 272, torch.float16),
+    ],
 )
 def test_quantized_linear(
     rng: np.random.Generator,

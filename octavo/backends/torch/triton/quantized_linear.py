@@ -6,7 +6,8 @@ the tensor cores, which keep fewer bits than float32 has; it is then scaled by i
 if there are such, and added in float32. At one token a piece uses a quarter of the cores' rate at
 an H200's whole bandwidth. Rows are the same bits whatever T.
 
-Where rows may change with T, long steps of fp8 with scales of rows go to torch's _scaled_mm.
+Where rows may change with T, one row of fp8 with scales of rows goes to row_linear.py and long
+steps go to torch's _scaled_mm.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from octavo.backends.torch.kernels import Quantized, QuantizedWeight
 from octavo.backends.torch.triton.launch import FP_FUSION
 from octavo.backends.torch.triton.matmul import PIECE, TILE_N, load_columns, load_rows, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
+from octavo.backends.torch.triton.row_linear import quantized_row
 from octavo.backends.torch.weights import BLOCK, has_block_scales
 
 _LEAST_STEPS = 4
@@ -132,8 +134,11 @@ def quantized_linear(
     """The product of two that are quantized; see Kernels."""
     (tokens, k), n = x.codes.shape, weight.codes.shape[0]
     is_blocked = has_block_scales(weight)
-    if not deterministic and not is_blocked and _takes_scaled_mm(x, weight, dtype):
-        return _scaled_mm(x, weight, bias, dtype)
+    if not deterministic and not is_blocked:
+        if tokens == 1 and x.codes.dtype == torch.float8_e4m3fn:
+            return quantized_row(x, weight, bias, dtype)
+        if _takes_scaled_mm(x, weight, dtype):
+            return _scaled_mm(x, weight, bias, dtype)
     assert is_blocked or x.scales.shape[1] == 1  # scales of groups go with scales of blocks
     n_tiles, steps = triton.cdiv(n, TILE_N), triton.cdiv(k, BLOCK)
     parts = cut(n_tiles, steps, _LEAST_STEPS)
