@@ -24,10 +24,11 @@ from octavo.backends.torch.triton.matmul import matmul
 from octavo.backends.torch.triton.parts import sum_parts
 from octavo.backends.torch.triton.quantized_linear import quantized_linear
 from octavo.backends.torch.triton.row_linear import linear
+from octavo.backends.torch.uploads import Uploads
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
-CPU = torch.device("cpu")
+CPU = Uploads(torch.device("cpu"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MATMUL = {"plain": plain.matmul, "triton": matmul}
 GROUPED = {"plain": plain.grouped_linear, "triton": grouped_linear}

@@ -10,11 +10,12 @@ import torch
 
 from octavo.backends.torch import weights
 from octavo.backends.torch.kernels import QuantizedWeight
+from octavo.backends.torch.uploads import Uploads
 from octavo.graph.tensors import BlockFloatTensor, DenseTensor, GroupedTensor, GroupScales
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
-CPU = torch.device("cpu")
+CPU = Uploads(torch.device("cpu"))
 
 
 def file_tensor(
