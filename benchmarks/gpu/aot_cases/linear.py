@@ -14,6 +14,7 @@ from octavo.backends.torch.triton import (
     matmul,
     parts,
     quantized_linear,
+    row_linear,
 )
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
@@ -84,12 +85,9 @@ def _grouped(
             "bias": None, "ASCENDING": grouped_linear.ASCENDING,
         }  # fmt: skip
         types = {
-            "x": f"*{dtype}", "words": "*i32", "scales": "*fp16", "minimums": "*fp16",
-            "factors": "*fp32", "out": "*fp32" if is_shared else f"*{dtype}",
+            "x": f"*{dtype}", "words": "*i32", "scales": "*i32", "factors": "*fp32",
+            "out": "*fp32" if is_shared else f"*{dtype}",
         }  # fmt: skip
-        if not has_minimums:
-            types.pop("minimums")
-            constants["minimums"] = None
         kernel = grouped_linear.grouped_row_kernel
         if tokens == 1:
             constants["BLOCKS"] = warps
@@ -114,17 +112,11 @@ def _grouped(
 def _unpacks() -> Iterator[AotCase]:
     for form in ("Q4_K", "Q6_K"):
         bits, group, has_minimums = FORMS[form]
-        types = {
-            "words": "*i32", "scales": "*fp16", "minimums": "*fp16", "factors": "*fp32",
-            "out": "*bf16",
-        }  # fmt: skip
+        types = {"words": "*i32", "scales": "*i32", "factors": "*fp32", "out": "*bf16"}
         constants: dict[str, Any] = {
             "BITS": bits, "GROUP": group, "HAS_MINIMUMS": has_minimums,
             "TILE_N": grouped_linear.TILE_N, "ASCENDING": grouped_linear.ASCENDING,
         }  # fmt: skip
-        if not has_minimums:
-            types.pop("minimums")
-            constants["minimums"] = None
         yield _case(
             f"unpack {form}", grouped_linear.unpack_kernel, types, constants, {"num_warps": 4}, ()
         )
@@ -153,6 +145,31 @@ def _quantized(codes: str, *, is_blocked: bool) -> Iterator[AotCase]:
             )
 
 
+def _rows() -> Iterator[AotCase]:
+    for dtype in ("bf16", "fp16", "fp32", "fp8e4nv"):
+        scales = ("x_scales", "w_scales")
+        is_fp8 = dtype == "fp8e4nv"
+        types = {"x": f"*{dtype}", "weight": f"*{dtype}", "bias": "*bf16", "out": "*bf16"}
+        if not is_fp8:
+            types |= {"bias": f"*{dtype}", "out": f"*{dtype}"}
+        width = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}[dtype]
+        for lanes, targets in ((32, FP8_NVIDIA if is_fp8 else NVIDIA), (64, AMD)):
+            if is_fp8 and targets == AMD:
+                continue
+            warps = row_linear.WIDTH * width // (16 * lanes)
+            yield _case(
+                f"row linear {dtype} warps {warps}",
+                row_linear.row_linear_kernel,
+                types | (dict.fromkeys(scales, "*fp32") if is_fp8 else {}),
+                {
+                    "HAS_SCALES": is_fp8, "HAS_BIAS": True, "ROWS": row_linear.ROWS,
+                    "WIDTH": row_linear.WIDTH, **({} if is_fp8 else dict.fromkeys(scales)),
+                },
+                {"num_warps": warps},
+                targets,
+            )  # fmt: skip
+
+
 def _sums() -> Iterator[AotCase]:
     for name, scaled in (
         ("", ()),
@@ -166,7 +183,8 @@ def _sums() -> Iterator[AotCase]:
             {"sums": "*fp32", "out": "*bf16", **dict.fromkeys(scaled, "*fp32")},
             {
                 **dict.fromkeys(absent), "HAS_ROW_SCALES": "row_scales" in scaled,
-                "HAS_SCALES": "scales" in scaled, "HAS_BIAS": False, "BLOCK": 1024,
+                "HAS_SCALES": "scales" in scaled, "HAS_BIAS": False, "BLOCK": 512,
+                "MAX_PARTS": parts.MAX_PARTS,
             },
             {"num_warps": 4},
             (),
@@ -200,6 +218,7 @@ CASES = (
     *_quantized("i8", is_blocked=False),
     *_quantized("fp8e4nv", is_blocked=False),
     *_quantized("fp8e4nv", is_blocked=True),
+    *_rows(),
     *_experts(),
     *_sums(),
 )

@@ -51,7 +51,7 @@ def cases(setup: Setup, kernels: Kernels) -> dict[str, dict[str, Callable[[], fl
     """What is checked, by kind and name."""
     found: dict[str, dict[str, Callable[[], float]]] = {"grouped": {}}
     found["dense"] = {
-        f"matmul {NAMES[dtype]}": lambda d=dtype: dense(setup, kernels, d)
+        f"matmul and linear {NAMES[dtype]}": lambda d=dtype: dense(setup, kernels, d)
         for dtype in (BF16, F16, F32)
     }
     for kind in GROUPED:
@@ -104,7 +104,8 @@ def dense(setup: Setup, kernels: Kernels, dtype: torch.dtype) -> float:
         x = random(setup, tokens, k, dtype)
         weight = random(setup, n, k, dtype, 2).contiguous()
         bias = random(setup, 1, n, dtype, 3)[0].contiguous() if number % 2 else None
-        worst = max(worst, product_error(kernels.matmul(x, weight, bias), x, weight, bias))
+        for multiply in (kernels.matmul, kernels.linear):
+            worst = max(worst, product_error(multiply(x, weight, bias), x, weight, bias))
     return worst
 
 
@@ -123,7 +124,8 @@ def grouped_weight(setup: Setup, n: int, k: int, kind: tuple[int, int, bool]) ->
     minimums = (-scales * 2 ** (bits - 1) * 0.9).half() if has_minimums else None
     factors = 2.0 ** torch.randint(-9, -6, (n,), device=device).float()
     zero = 0 if has_minimums else 2 ** (bits - 1)
-    return GroupedWeight(words, scales.half(), minimums, factors, bits, zero, group, (n, k))
+    pairs = weights.pack_scales(scales.half(), minimums)
+    return GroupedWeight(words, pairs, has_minimums, factors, bits, zero, group, (n, k))
 
 
 def grouped(

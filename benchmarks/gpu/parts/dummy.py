@@ -25,7 +25,7 @@ from octavo.backends.torch.lowering import (
 from octavo.backends.torch.products import Product
 from octavo.backends.torch.program import TorchProgram
 from octavo.backends.torch.tables import choose_kernels
-from octavo.backends.torch.weights import WORDS, block_columns
+from octavo.backends.torch.weights import WORDS, block_columns, pack_scales
 from octavo.graph import ops as op
 from octavo.graph.trace import CacheDtype, Graph, Ops
 from octavo.models.llama import llama
@@ -252,4 +252,5 @@ def _int4(shape: tuple[int, int], device: torch.device) -> GroupedWeight:
     scale = 0.2 * columns**-0.5
     scales = torch.full((blocks * width // GROUP, rows), scale, dtype=torch.float16, device=device)
     factors = torch.ones(rows, device=device)
-    return GroupedWeight(words, scales, scales * -7.5, factors, 4, 0, GROUP, shape)
+    pairs = pack_scales(scales, scales * -7.5)
+    return GroupedWeight(words, pairs, True, factors, 4, 0, GROUP, shape)

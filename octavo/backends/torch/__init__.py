@@ -28,6 +28,7 @@ from octavo.backends.torch.lowering import (
 from octavo.backends.torch.products import Product, bring, form_of, make_product
 from octavo.backends.torch.program import TorchProgram
 from octavo.backends.torch.tables import choose_kernels
+from octavo.backends.torch.uploads import Uploads
 from octavo.errors import ConfigError, KernelError
 from octavo.graph import ops as op
 from octavo.graph.tensors import DenseTensor, StoredTensor
@@ -149,37 +150,38 @@ class _Loader:
         self._stored = stored
         self._rounded = rounded
         self._forms = forms
-        self._dtype, self._device = place
+        self._dtype, device = place
+        self._uploads = Uploads(device)
         self._progress = progress
         self._done = 0
         self._total = sum(math.prod(weight.shape) for weight in stored.values())
 
     def load(self, call: Call, max_model_len: int) -> None:
         """Bring what one call reads."""
-        weights, device = self.weights, self._device
+        weights, uploads = self.weights, self._uploads
         if isinstance(call, EmbedCall):
             if call.weight not in weights.tables:
-                table = there.dense(self._stored[call.weight], self._dtype, device)
+                table = there.dense(self._stored[call.weight], self._dtype, uploads)
                 weights.tables[call.weight] = table
                 self._count(call.weight)
         elif isinstance(call, NormCall):
             name = call.operator.weight
             if name not in weights.norms:
-                weights.norms[name] = there.dense(self._stored[name], torch.float32, device)
+                weights.norms[name] = there.dense(self._stored[name], torch.float32, uploads)
                 self._count(name)
         elif isinstance(call, LinearCall):
             weights.products[call] = self._product(call)
         elif isinstance(call, AttentionCall):
             angles = call.inv_freq
             if angles is not None and angles not in weights.angles:
-                weights.angles[angles] = _angles(angles, max_model_len, device)
+                weights.angles[angles] = _angles(angles, max_model_len, uploads.device)
 
     def _product(self, call: LinearCall) -> Product:
         names = [operator.weight for operator in call.operators]
         biases = [self._stored[o.bias] for o in call.operators if o.bias is not None]
         bias = None
         if biases:
-            bias = torch.cat([there.dense(b, self._dtype, self._device) for b in biases])
+            bias = torch.cat([there.dense(b, self._dtype, self._uploads) for b in biases])
         return make_product(
             call, self._forms[names[0]], [self._matrix(name) for name in names], bias
         )
@@ -189,12 +191,12 @@ class _Loader:
         tensor, rounding = self._stored[name], self._rounded.get(name)
         if name in self.weights.tables and isinstance(tensor, DenseTensor) and rounding is None:
             return self.weights.tables[name]
-        return bring(tensor, self._forms[name], rounding, self._dtype, self._device)
+        return bring(tensor, self._forms[name], rounding, self._dtype, self._uploads)
 
     def load_factors(self, graph: Graph) -> None:
         """Bring the factors that even out keys before they become codes."""
         for operator, factors in key_factors(graph, self._stored).items():
-            self.weights.key_factors[operator] = torch.from_numpy(factors).to(self._device)
+            self.weights.key_factors[operator] = torch.from_numpy(factors).to(self._uploads.device)
 
     def _count(self, name: str) -> None:
         self._done += math.prod(self._stored[name].shape)

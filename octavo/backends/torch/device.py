@@ -22,6 +22,8 @@ _FIRST_FP8 = (8, 9)
 def open_device(name: str) -> torch.device:
     """The device of that name: "cpu", "cuda" or "cuda:1" (of ROCm too, as in torch).
 
+    Torch's products on it sum in float32 from then on.
+
     Raises:
         ConfigError: torch does not know it, or it does not answer.
     """
@@ -48,6 +50,9 @@ def open_device(name: str) -> torch.device:
     if index >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(index)  # Triton launches where torch stands.
+    # Else cuBLAS may add parts of a product's columns in 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return torch.device("cuda", index)
 
 

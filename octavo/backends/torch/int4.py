@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.backends.torch.kernels import GroupedWeight
-from octavo.backends.torch.weights import block_columns, pack_words
+from octavo.backends.torch.weights import block_columns, pack_scales, pack_words
 
 GROUP = 32
 MOST = 15
@@ -43,8 +43,8 @@ def round_to_int4(weight: Tensor) -> GroupedWeight:
         minimums[: columns // GROUP, rows] = minimum.T
     return GroupedWeight(
         codes=words,
-        scales=scales,
-        minimums=minimums,
+        scales=pack_scales(scales, minimums),
+        has_minimums=True,
         factors=torch.ones(num_rows, dtype=torch.float32, device=weight.device),
         bits=4,
         zero=0,

@@ -147,7 +147,10 @@ class GroupedWeight:
 
     Attributes:
         codes: int32 [blocks, out_features, 16], words as `weights` lays them out.
-        scales, minimums: float16 [groups, out_features]; no minimums: None.
+        scales: int32, two float16 each, the first in the lower bits: [groups, out_features] of a
+            scale and a minimum; without minimums [ceil(groups / 2), out_features] of the scales of
+            two groups in a row.
+        has_minimums: whether there are minimums.
         factors: float32 [out_features], powers of two that scales and minimums are multiplied with.
         bits: of a code as packed, 4 or 8.
         zero: the code that stands for 0.
@@ -157,7 +160,7 @@ class GroupedWeight:
 
     codes: Tensor
     scales: Tensor
-    minimums: Tensor | None
+    has_minimums: bool
     factors: Tensor
     bits: int
     zero: int
@@ -201,6 +204,7 @@ class Kernels:
         attention: (q [T, heads * D], cache, arrays, operator, deterministic) → [T, heads * D].
         matmul: (x [T, K], weight [N, K] of x's dtype, bias of x's dtype [N] or None) → [T, N], each
             row in the same order of sums whatever T.
+        linear: the same, in whatever order of sums is fast for this T.
         grouped_linear: (x [T, K], weight, bias or None, deterministic) → [T, N].
         quantized_linear: (x, weight, bias or None, dtype of the result, deterministic) → [T, N].
         sample: (logits [S, V] float32, which it may overwrite, rows) → Sampled.
@@ -216,6 +220,7 @@ class Kernels:
     ]
     attention: Callable[[Tensor, LayerCache, StepArrays, op.PagedAttention, bool], Tensor]
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     grouped_linear: Callable[[Tensor, GroupedWeight, Tensor | None, bool], Tensor]
     quantized_linear: Callable[
         [Quantized, QuantizedWeight, Tensor | None, torch.dtype, bool], Tensor

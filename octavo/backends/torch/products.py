@@ -18,6 +18,7 @@ from octavo.backends.torch.kernels import (
     QuantizeMode,
 )
 from octavo.backends.torch.lowering import Form, LinearCall
+from octavo.backends.torch.uploads import Uploads
 from octavo.graph.tensors import BlockFloatTensor, GroupedTensor, StoredTensor
 
 
@@ -44,7 +45,7 @@ class Product:
             tensors = [self.weight, self.bias]
         elif isinstance(self.weight, GroupedWeight):
             weight = self.weight
-            tensors = [weight.codes, weight.scales, weight.minimums, weight.factors, self.bias]
+            tensors = [weight.codes, weight.scales, weight.factors, self.bias]
         else:
             tensors = [self.weight.codes, self.weight.scales, self.bias]
         return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
@@ -60,9 +61,8 @@ class Product:
         assert not isinstance(x, Quantized), "only a product with codes reads codes"
         if isinstance(self.weight, GroupedWeight):
             return kernels.grouped_linear(x, self.weight, self.bias, deterministic)
-        if deterministic:
-            return kernels.matmul(x, self.weight, self.bias)
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        multiply = kernels.matmul if deterministic else kernels.linear
+        return multiply(x, self.weight, self.bias)
 
 
 ROUNDED: Mapping[str, tuple[there.WeightMode, QuantizeMode]] = {
@@ -110,14 +110,14 @@ def make_product(
 
 
 def bring(
-    tensor: StoredTensor, form: Form, rounding: str | None, dtype: torch.dtype, device: torch.device
+    tensor: StoredTensor, form: Form, rounding: str | None, dtype: torch.dtype, uploads: Uploads
 ) -> there.Weight:
     """A matrix on the device, in its form."""
     if isinstance(tensor, GroupedTensor):
-        return there.pack_grouped(tensor, device)
+        return there.pack_grouped(tensor, uploads)
     if isinstance(tensor, BlockFloatTensor) and form.quantize is not None:
-        return there.pack_fp8(tensor, device)
-    weight = there.dense(tensor, dtype, device)
+        return there.pack_fp8(tensor, uploads)
+    weight = there.dense(tensor, dtype, uploads)
     if rounding is not None and rounding in ROUNDED:
         return there.quantize_dense(weight, ROUNDED[rounding][0])
     return round_to_int4(weight) if rounding == "int4" else weight

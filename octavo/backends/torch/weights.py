@@ -7,10 +7,11 @@ block is 16 words of 32 bits of a row: 4 units of 4 words. A unit has consecutiv
 bits and 16 with 8; word w of it has its columns w, w + 4, w + 8 and so on, the first in the lowest
 bits. So a thread that loads a unit, 16 bytes, needs one scale (two if groups have 16 columns and
 codes 4 bits), and x by fours. Blocks stand as [blocks, out_features, 16], so that what the
-rows of a tile need of a block is one piece of memory. Scales and minimums are float16, [groups,
-out_features], and each row has a power of two that they are multiplied with, so that none overflows
-and those of float16 (one level) stay as they are; those of two levels (the K-quants) are rounded to
-11 bits.
+rows of a tile need of a block is one piece of memory. Scales and minimums are float16, two in 32
+bits, the least that a kernel copies ahead: the scale and the minimum of a group, or the scales of
+two groups in a row; such pairs stand as [pairs, out_features]. Each row has a power of two that its
+scales and minimums are multiplied with, so that none overflows and those of float16 (one level)
+stay as they are; those of two levels (the K-quants) are rounded to 11 bits.
 
 Bytes a weight with 4 bits: 0.5625 with groups of 32, 0.625 with minimums too; with 8 bits 1.0625,
 and 1.125 with groups of 16.
@@ -23,10 +24,10 @@ from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.backends.torch.kernels import GroupedWeight, QuantizedWeight
+from octavo.backends.torch.uploads import Uploads
 from octavo.errors import KernelError
 from octavo.graph.tensors import (
     BlockFloatTensor,
@@ -60,27 +61,27 @@ def block_columns(bits: int) -> int:
     return WORDS * 32 // bits
 
 
-def dense(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def dense(tensor: StoredTensor, dtype: torch.dtype, uploads: Uploads) -> Tensor:
     """A weight in floating point, of any stored form, rounded once."""
     if isinstance(tensor, DenseTensor):
-        stored = _to_device(tensor.data, torch.device("cpu"))
+        stored = uploads.put(tensor.data)
         if tensor.dtype == "bf16":
             stored = stored.view(torch.bfloat16)
-        return stored.to(device).to(dtype)
+        return stored.to(dtype)
     if isinstance(tensor, BlockFloatTensor):
-        return _dense_of_fp8(tensor, dtype, device)
-    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+        return _dense_of_fp8(tensor, dtype, uploads)
+    out = torch.empty(tensor.shape, dtype=dtype, device=uploads.device)
     for rows in _chunks(tensor.shape):
-        values = _codes(tensor.codes, rows, device).to(torch.float32) - tensor.codes.zero
+        values = _codes(tensor.codes, rows, uploads).to(torch.float32) - tensor.codes.zero
         groups = values.unflatten(1, (-1, tensor.group))
-        groups = groups * _scales(tensor.scales, rows, device)[:, :, None]
+        groups = groups * _scales(tensor.scales, rows, uploads)[:, :, None]
         if tensor.minimums is not None:
-            groups = groups + _scales(tensor.minimums, rows, device)[:, :, None]
+            groups = groups + _scales(tensor.minimums, rows, uploads)[:, :, None]
         out[rows] = groups.flatten(1).to(dtype)
     return out
 
 
-def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
+def pack_grouped(tensor: GroupedTensor, uploads: Uploads) -> GroupedWeight:
     """Pack a grouped weight for products.
 
     Raises:
@@ -93,6 +94,7 @@ def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
             "or a multiple of 32"
         )
     bits = 4 if tensor.bits <= 4 else 8
+    device = uploads.device
     num_blocks = -(-columns // block_columns(bits))
     num_groups = -(-num_blocks * block_columns(bits) // tensor.group)
     words = torch.empty((num_blocks, num_rows, WORDS), dtype=torch.int32, device=device)
@@ -101,11 +103,11 @@ def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
     minimums = None if tensor.minimums is None else torch.zeros_like(scales)
     factors = torch.empty(num_rows, dtype=torch.float32, device=device)
     for rows in _chunks(tensor.shape):
-        words[:, rows] = pack_words(_codes(tensor.codes, rows, device), bits)
-        scale = _scales(tensor.scales, rows, device)
+        words[:, rows] = pack_words(_codes(tensor.codes, rows, uploads), bits)
+        scale = _scales(tensor.scales, rows, uploads)
         peak = scale.abs() * 2.0**bits
         if tensor.minimums is not None and minimums is not None:
-            minimum = _scales(tensor.minimums, rows, device)
+            minimum = _scales(tensor.minimums, rows, uploads)
             peak = peak + minimum.abs()
             factors[rows], up = _row_factors(peak)
             minimums[: minimum.shape[1], rows] = (minimum * up).to(torch.float16).T
@@ -114,14 +116,30 @@ def pack_grouped(tensor: GroupedTensor, device: torch.device) -> GroupedWeight:
         scales[: scale.shape[1], rows] = (scale * up).to(torch.float16).T
     return GroupedWeight(
         codes=words,
-        scales=scales,
-        minimums=minimums,
+        scales=pack_scales(scales, minimums),
+        has_minimums=minimums is not None,
         factors=factors,
         bits=bits,
         zero=tensor.codes.zero,
         group=tensor.group,
         shape=(num_rows, columns),
     )
+
+
+def pack_scales(scales: Tensor, minimums: Tensor | None) -> Tensor:
+    """Scales and minimums, float16 [groups, out_features], as a GroupedWeight has them."""
+    if minimums is None:
+        even = torch.nn.functional.pad(scales, (0, 0, 0, len(scales) % 2))
+        scales, minimums = even[0::2], even[1::2]
+    return torch.stack((scales, minimums), 2).view(torch.int32).squeeze(2)
+
+
+def unpack_scales(weight: GroupedWeight) -> tuple[Tensor, Tensor | None]:
+    """The scales and minimums of `pack_scales`; perhaps one group more."""
+    halves = weight.scales.view(torch.float16).unflatten(1, (-1, 2))
+    if weight.has_minimums:
+        return halves[:, :, 0], halves[:, :, 1]
+    return halves.transpose(1, 2).flatten(0, 1), None
 
 
 def unpack_grouped(weight: GroupedWeight) -> Tensor:
@@ -133,9 +151,10 @@ def unpack_grouped(weight: GroupedWeight) -> Tensor:
     values = (codes - weight.zero).to(torch.float32)
     groups = values.unflatten(1, (-1, weight.group))
     num_groups = columns // weight.group
-    groups = groups * weight.scales[:num_groups].T[:, :, None].to(torch.float32)
-    if weight.minimums is not None:
-        groups = groups + weight.minimums[:num_groups].T[:, :, None].to(torch.float32)
+    scales, minimums = unpack_scales(weight)
+    groups = groups * scales[:num_groups].T[:, :, None].to(torch.float32)
+    if minimums is not None:
+        groups = groups + minimums[:num_groups].T[:, :, None].to(torch.float32)
     return groups.flatten(1) * weight.factors[:, None]
 
 
@@ -147,12 +166,12 @@ def can_pack_fp8(tensor: BlockFloatTensor) -> bool:
     ) or tensor.block == (BLOCK, BLOCK)
 
 
-def pack_fp8(tensor: BlockFloatTensor, device: torch.device) -> QuantizedWeight:
+def pack_fp8(tensor: BlockFloatTensor, uploads: Uploads) -> QuantizedWeight:
     """A weight that is stored in fp8, its codes as they are; see `can_pack_fp8`."""
     assert can_pack_fp8(tensor)
     return QuantizedWeight(
-        _to_device(tensor.codes, device).view(torch.float8_e4m3fn),
-        _to_device(tensor.scales, device),
+        uploads.put(tensor.codes).view(torch.float8_e4m3fn),
+        uploads.put(tensor.scales),
     )
 
 
@@ -229,11 +248,10 @@ def concat(weights: Sequence[Weight]) -> Weight:
 
 def _concat_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
     first = weights[0]
-    minimums = [w.minimums for w in weights if w.minimums is not None]
     return GroupedWeight(
         codes=torch.cat([w.codes for w in weights], 1),
         scales=torch.cat([w.scales for w in weights], 1),
-        minimums=torch.cat(minimums, 1) if minimums else None,
+        has_minimums=first.has_minimums,
         factors=torch.cat([w.factors for w in weights]),
         bits=first.bits,
         zero=first.zero,
@@ -243,8 +261,7 @@ def _concat_grouped(weights: Sequence[GroupedWeight]) -> GroupedWeight:
 
 
 def _form(weight: GroupedWeight) -> tuple[object, ...]:
-    has_minimums = weight.minimums is not None
-    return weight.bits, weight.zero, weight.group, weight.shape[1], has_minimums
+    return weight.bits, weight.zero, weight.group, weight.shape[1], weight.has_minimums
 
 
 def _chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
@@ -254,33 +271,24 @@ def _chunks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, shape[0]))
 
 
-def _dense_of_fp8(tensor: BlockFloatTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    out = torch.empty(tensor.shape, dtype=dtype, device=device)
-    column_block = torch.arange(tensor.shape[1], device=device) // tensor.block[1]
+def _dense_of_fp8(tensor: BlockFloatTensor, dtype: torch.dtype, uploads: Uploads) -> Tensor:
+    out = torch.empty(tensor.shape, dtype=dtype, device=uploads.device)
+    column_block = torch.arange(tensor.shape[1], device=uploads.device) // tensor.block[1]
     for rows in _chunks(tensor.shape):
-        values = _to_device(tensor.codes[rows], device).view(torch.float8_e4m3fn)
+        values = uploads.put(tensor.codes[rows]).view(torch.float8_e4m3fn)
         row_block = np.arange(rows.start, rows.stop) // tensor.block[0]
-        scales = _to_device(tensor.scales[row_block], device)
+        scales = uploads.put(tensor.scales[row_block])
         out[rows] = (values.to(torch.float32) * scales.index_select(1, column_block)).to(dtype)
     return out
 
 
-def _to_device(data: NDArray[np.generic], device: torch.device) -> Tensor:
-    """A copy: what is mapped may be read-only, unaligned and strided. uint16 becomes int16."""
-    if data.dtype == np.uint16:
-        data = data.view(np.int16)
-    copy = np.empty(data.shape, data.dtype)
-    copy[...] = data
-    return torch.from_numpy(copy).to(device)
-
-
-def _codes(codes: Codes, rows: slice, device: torch.device) -> Tensor:
+def _codes(codes: Codes, rows: slice, uploads: Uploads) -> Tensor:
     """Codes of some rows, uint8 [rows, columns]."""
     total: Tensor | None = None
     for plane in codes.planes:
-        data = _to_device(plane.data[rows], device)
-        byte_of = _to_device(plane.byte_of.astype(np.int64), device)
-        shift_of = _to_device(plane.shift_of, device)
+        data = uploads.put(plane.data[rows])
+        byte_of = uploads.put(plane.byte_of.astype(np.int64))
+        shift_of = uploads.put(plane.shift_of)
         part = (data.index_select(2, byte_of) ^ plane.flip) >> shift_of
         part = (part & ((1 << plane.bits) - 1)) << plane.lift
         total = part if total is None else total + part
@@ -288,12 +296,12 @@ def _codes(codes: Codes, rows: slice, device: torch.device) -> Tensor:
     return total.flatten(1)
 
 
-def _scales(scales: Scales, rows: slice, device: torch.device) -> Tensor:
+def _scales(scales: Scales, rows: slice, uploads: Uploads) -> Tensor:
     """Scales of some rows, float32 [rows, groups], exact."""
     if isinstance(scales, GroupScales):
-        return _to_device(scales.halves[rows], device).to(torch.float32)
-    factors = _codes(scales.factors, rows, device).to(torch.float32) - scales.factors.zero
-    d = _to_device(scales.d[rows], device).to(torch.float32) * scales.sign
+        return uploads.put(scales.halves[rows]).to(torch.float32)
+    factors = _codes(scales.factors, rows, uploads).to(torch.float32) - scales.factors.zero
+    d = uploads.put(scales.d[rows]).to(torch.float32) * scales.sign
     return (d[:, :, None] * factors.unflatten(1, (d.shape[1], -1))).flatten(1)
 
 

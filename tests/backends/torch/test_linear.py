@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,18 @@ from octavo.backends.torch.plain import linear as plain
 from octavo.backends.torch.triton import grouped_linear as grouped_file
 from octavo.backends.torch.triton import matmul as matmul_file
 from octavo.backends.torch.triton import quantized_linear as quantized_file
+from octavo.backends.torch.triton import row_linear as row_file
 from octavo.backends.torch.triton.grouped_linear import grouped_linear
 from octavo.backends.torch.triton.grouped_matmul import grouped_matmul
 from octavo.backends.torch.triton.matmul import matmul
+from octavo.backends.torch.triton.parts import sum_parts
 from octavo.backends.torch.triton.quantized_linear import quantized_linear
+from octavo.backends.torch.triton.row_linear import linear
+from octavo.backends.torch.uploads import Uploads
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
-CPU = torch.device("cpu")
+CPU = Uploads(torch.device("cpu"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MATMUL = {"plain": plain.matmul, "triton": matmul}
 GROUPED = {"plain": plain.grouped_linear, "triton": grouped_linear}
@@ -72,6 +77,27 @@ def test_matmul(
     assert actual.dtype == dtype
     assert_close(actual, x, weight, bias)
     assert_close(matmul(x, weight, None), x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(1, 7), (5, 1024), (131, 1100), (8, 2064)])
+def test_linear_of_one_row(
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+) -> None:
+    x, bias = rows_of(rng, 1, k, dtype), random(rng, n).to(dtype)
+    weight = rows_of(rng, n, k, dtype)
+    for rows, given in ((x, bias), (x, None), (x[:0], bias)):
+        actual = linear(rows, weight, given)
+        assert actual.dtype == dtype
+        assert_close(actual, rows, weight, given)
+    monkeypatch.setattr(row_file, "row_linear_kernel", None)
+    assert_close(linear(x.expand(2, k), weight, None), x.expand(2, k), weight)
+    monkeypatch.setattr(row_file, "_MANY_OUTPUTS", n)
+    assert_close(linear(x, weight, None), x, weight)
 
 
 @pytest.mark.parametrize("matmul", MATMUL.values(), ids=MATMUL)
@@ -210,7 +236,12 @@ MODES = ["int8 row", "int8 whole", "fp8 row", "fp8 block", "fp8 whole"]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "dtype"),
-    [(1, 5, 16, torch.float32), (2, 131, 144, torch.bfloat16), (67, 5, 272, torch.float16)],
+    [
+        (1, 5, 16, torch.float32),
+        (1, 6, 1040, torch.bfloat16),
+        (2, 131, 144, torch.bfloat16),
+        (67, 5, 272, torch.float16),
+    ],
 )
 def test_quantized_linear(
     rng: np.random.Generator,
@@ -244,6 +275,19 @@ def test_quantized_linear_rows_alone(
         assert torch.equal(alone, whole[start:stop])
 
 
+@pytest.mark.parametrize(
+    ("capability", "takes"), [((8, 0), False), ((8, 9), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_which_devices_take_scaled_mm(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], takes: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    codes = SimpleNamespace(shape=(65, 32), is_cuda=True, dtype=torch.float8_e4m3fn, device="cuda")
+    weight = QuantizedWeight(torch.zeros(16, 32, dtype=torch.float8_e4m3fn), torch.ones(16, 1))
+    x: Any = Quantized(codes, torch.ones(65, 1))  # type: ignore[arg-type]
+    assert quantized_file._takes_scaled_mm(x, weight, torch.bfloat16) == takes
+
+
 @pytest.mark.parametrize("product", [plain.grouped_matmul, grouped_matmul], ids=["plain", "triton"])
 @pytest.mark.parametrize(
     ("counts", "n", "k"),
@@ -258,6 +302,23 @@ def test_grouped_matmul(
     actual = product(x, weight, offsets)
     for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
         assert_close(actual[start:stop], x[start:stop], weight[expert])
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 8])
+def test_sum_parts(rng: np.random.Generator, num_parts: int) -> None:
+    """In order, from 0.0 on."""
+    sums = random(rng, num_parts, 2, 515)
+    sums[:, :, :3] = -0.0
+    scales, row_scales, bias = random(rng, 515), random(rng, 2), random(rng, 515).bfloat16()
+    expected = torch.zeros(2, 515)
+    for part in sums:
+        expected = expected + part
+    out = torch.empty(2, 515)
+    sum_parts(sums, out, None)
+    assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+    sum_parts(sums, out, bias, scales, row_scales)
+    scaled = (expected * row_scales[:, None]).double() * scales + bias.double()
+    torch.testing.assert_close(out, scaled.float(), rtol=1e-6, atol=1e-5)
 
 
 def test_parts_of_one_program_or_of_several(
@@ -279,7 +340,7 @@ def test_parts_of_one_program_or_of_several(
     asked = []
 
     def share(answer: bool) -> Any:
-        return lambda parts, num_tiles: asked.append(parts.num) or answer
+        return lambda parts, *_: asked.append(parts.num) or answer
 
     for file in (matmul_file, grouped_file, quantized_file):
         monkeypatch.setattr(file, "are_shared", share(True))

@@ -10,11 +10,12 @@ import torch
 
 from octavo.backends.torch import weights
 from octavo.backends.torch.kernels import QuantizedWeight
+from octavo.backends.torch.uploads import Uploads
 from octavo.graph.tensors import BlockFloatTensor, DenseTensor, GroupedTensor, GroupScales
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
 
-CPU = torch.device("cpu")
+CPU = Uploads(torch.device("cpu"))
 
 
 def file_tensor(
@@ -78,14 +79,16 @@ def test_scales_neither_overflow_nor_vanish(
     tensor.scales.d[:] = size
     tensor.scales.d[3] = 0
     packed = weights.pack_grouped(tensor, CPU)
-    assert packed.scales.isfinite().all()
+    scales, _ = weights.unpack_scales(packed)
+    assert scales.isfinite().all()
     expected = tensor.dequantize()
     difference = np.abs(weights.unpack_grouped(packed).numpy() - expected)
     assert (difference <= np.abs(expected) * 2.0**-11).all()
 
 
-def test_damage_stays_in_its_group(kit: Any, rng: np.random.Generator) -> None:
-    tensor = kit.grouped(rng, 3, 64, 4, 32, minimums=True)
+@pytest.mark.parametrize("minimums", [False, True])
+def test_damage_stays_in_its_group(kit: Any, rng: np.random.Generator, minimums: bool) -> None:
+    tensor = kit.grouped(rng, 3, 64, 4, 32, minimums=minimums)
     tensor.scales.halves[1, 1] = np.nan
     values = weights.unpack_grouped(weights.pack_grouped(tensor, CPU)).numpy()
     is_damaged = np.zeros((3, 64), bool)

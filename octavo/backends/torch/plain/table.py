@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from octavo.backends.torch.kernels import Kernels
 from octavo.backends.torch.plain.attention import attention
 from octavo.backends.torch.plain.cache import copy_blocks, rope_write
@@ -16,6 +18,7 @@ KERNELS = Kernels(
     rope_write=rope_write,
     attention=attention,
     matmul=matmul,
+    linear=torch.nn.functional.linear,
     grouped_linear=grouped_linear,
     quantized_linear=quantized_linear,
     sample=sample,

@@ -2,10 +2,11 @@
 
 A code becomes a number without a conversion: its bits, moved to the upper mantissa of 1.0, make 1
 plus a multiple of it, and one multiplication and addition with the group's scale (and minimum)
-makes the weight. The words' layout (weights.py) gives a thread 16 bytes that share a scale.
+makes the weight. The words' layout (weights.py) gives a thread 16 bytes that share a scale, and two
+float16 of scales in one load of 4 bytes, which Triton can copy ahead (cp.async; not so 2 bytes).
 
 - One token: dot products in float32 without tensor cores, words straight into registers, 32 outputs
-  a program, its warps sharing the columns. The floor is the packed bytes over bandwidth; 5.3
+  a program, its warps sharing the columns. The floor is the packed bytes over bandwidth; 5.2
   instructions a weight (as compiled for sm_90) allow three quarters of it on an H200.
 - Up to 256 tokens, and any number if deterministic: tensor cores, the weight unpacked in registers
   to the dtype of x. 16 tokens a tile when there are not more or when deterministic (one tile for
@@ -24,7 +25,7 @@ from torch import Tensor
 from octavo.backends.torch.kernels import GroupedWeight
 from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import load_columns, place
+from octavo.backends.torch.triton.matmul import load_rows, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
 from octavo.backends.torch.weights import block_columns
 
@@ -32,6 +33,8 @@ TILE_N = 64
 FEW_TOKENS, MANY_TOKENS = 16, 64
 _MAX_TOKENS = 256
 _LEAST_BLOCKS = 4
+_PROGRAMS = 512
+"""Of tiles: four fit on a processor at a time with 16 tokens."""
 _BAND = 64
 FEW_OUTPUTS = 4096
 """Up to so many, no processor of an H200 has a second program, so each has twice the warps."""
@@ -44,21 +47,34 @@ for a warp to read 8 rows of 64 bytes."""
 
 
 @triton.jit
-def scale_of(scales, minimums, at, zero, inside, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr):
-    """Scale and offset that make weights of the numbers in `unpack`; one more dimension, of 1."""
-    span: tl.constexpr = 128 if BITS == 4 else 256
-    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
-    offset = scale * (-span - zero)
-    if HAS_MINIMUMS:
-        offset += tl.load(minimums + at, mask=inside, other=0.0).to(tl.float32)
-    return tl.expand_dims(scale * span, -1), tl.expand_dims(offset, -1)
+def half_of(pair):
+    """The float16 in the lower bits."""
+    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def group_of(unit, SLOT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """The group of a slot of units, counted through a row."""
+def scale_of(
+    scales, unit, row, n, zero, inside, SLOT: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
+):  # fmt: skip
+    """Scale and offset that make weights of the numbers in `unpack`; one more dimension, of 1.
+
+    Units are counted through a row.
+    """
     columns: tl.constexpr = 128 // BITS
-    return unit * columns // GROUP + SLOT * 4 // GROUP
+    span: tl.constexpr = 128 if BITS == 4 else 256
+    group = unit * columns // GROUP + SLOT * 4 // GROUP
+    if HAS_MINIMUMS:
+        pair = tl.load(scales + group * n + row, mask=inside, other=0)
+        scale = half_of(pair)
+        offset = scale * (-span - zero) + half_of(pair >> 16)
+    else:
+        # Not group // 2, of which Triton would not see that slots of a unit have it in common.
+        both = unit * columns // (2 * GROUP)
+        pair = tl.load(scales + both * n + row, mask=inside, other=0)
+        scale = half_of(pair >> (group % 2 * 16))
+        offset = scale * (-span - zero)
+    return tl.expand_dims(scale * span, -1), tl.expand_dims(offset, -1)
 
 
 @triton.jit
@@ -77,18 +93,19 @@ def unpack(word, scale, offset, mask, one, SLOT: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def unpack_slot(
-    word, scales, minimums, block, row, n, zero, mask, one, unit, SLOT: tl.constexpr,
+    word, scales, block, row, n, zero, mask, one, unit, SLOT: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr,
 ):  # fmt: skip
     """One slot of a block, like `word` (scales that slots have in common are loaded once)."""
-    at = group_of(block * 4 + unit, SLOT, BITS, GROUP) * n + row
-    scale, offset = scale_of(scales, minimums, at, zero, True, BITS, HAS_MINIMUMS)
+    scale, offset = scale_of(
+        scales, block * 4 + unit, row, n, zero, True, SLOT, BITS, GROUP, HAS_MINIMUMS
+    )
     return unpack(word, scale, offset, mask, one, SLOT, BITS)
 
 
 @triton.jit
 def unpack_block(
-    words, scales, minimums, block, row, n, zero, mask, one, ROWS: tl.constexpr,
+    words, scales, block, row, n, zero, mask, one, ROWS: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, ASCENDING: tl.constexpr,
 ):  # fmt: skip
     """Weights of a block in float32, [rows, columns].
@@ -105,7 +122,7 @@ def unpack_block(
     else:
         unit, row = four[None, :], row[:, None]
     at = ((block * n + row) * 16 + unit * 4)[:, :, None] + four[None, None, :]
-    a = tl.load(words + at), scales, minimums, block, row, n, zero, mask, one, unit
+    a = tl.load(words + at), scales, block, row, n, zero, mask, one, unit
     if BITS == 4:
         s0 = unpack_slot(*a, 0, BITS, GROUP, HAS_MINIMUMS)
         s1 = unpack_slot(*a, 1, BITS, GROUP, HAS_MINIMUMS)
@@ -130,7 +147,7 @@ def unpack_block(
 
 @triton.jit(do_not_specialize=["zero", "mask", "one"])
 def grouped_row_kernel(
-    x, words, scales, minimums, factors, bias, out, n, k, num_blocks, zero, mask, one,
+    x, words, scales, factors, bias, out, n, k, num_blocks, zero, mask, one,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCKS: tl.constexpr, ASCENDING: tl.constexpr,
 ):  # fmt: skip
@@ -161,9 +178,8 @@ def grouped_row_kernel(
         word_at = words + place[:, :, :, :, None] + four[None, None, None, None, :]
         word = tl.load(word_at, mask=inside[:, :, :, :, None], other=0)
         for slot in tl.static_range(32 // BITS):
-            group = group_of(block * 4 + unit, slot, BITS, GROUP)
             scale, offset = scale_of(
-                scales, minimums, group * n + row, zero, inside, BITS, HAS_MINIMUMS
+                scales, block * 4 + unit, row, n, zero, inside, slot, BITS, GROUP, HAS_MINIMUMS
             )
             x_column = column[:, :, None] + (slot * 4 + four)[None, None, :]
             values = tl.load(x + x_column, mask=x_column < k, other=0.0).to(tl.float32)
@@ -187,7 +203,7 @@ def grouped_row_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "num_parts", "part_blocks", "zero", "mask", "one"])
 def grouped_tile_kernel(
-    x, words, scales, minimums, factors, bias, out, tokens, n, k, num_blocks, num_parts,
+    x, words, scales, factors, bias, out, tokens, n, k, num_blocks, num_parts,
     part_blocks, zero, mask, one, x_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
     IS_SHARED: tl.constexpr, WHOLE_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
@@ -200,8 +216,7 @@ def grouped_tile_kernel(
     at = first_out + tl.arange(0, TILE_N)
     row = tl.minimum(at, n - 1)
     lane = tl.arange(0, columns)
-    token = tl.minimum(rows, tokens - 1).to(tl.int64)
-    x_at = x + token[:, None] * x_stride + lane[None, :]
+    x_at = x + rows.to(tl.int64)[:, None] * x_stride + lane[None, :]
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     first_part = 0
     if IS_SHARED:
@@ -213,9 +228,9 @@ def grouped_tile_kernel(
         last = tl.minimum((part + 1) * part_blocks, num_blocks)
         for block in range(part * part_blocks, last):
             start = block * columns
-            values = load_columns(x_at + start, lane[None, :], k - start, WHOLE_K)
+            values = load_rows(x_at + start, rows < tokens, lane, k - start, WHOLE_K)
             weight = unpack_block(
-                words, scales, minimums, block, row, n, zero, mask, one,
+                words, scales, block, row, n, zero, mask, one,
                 TILE_N, BITS, GROUP, HAS_MINIMUMS, ASCENDING,
             )  # fmt: skip
             sums = dot(values, tl.trans(weight.to(values.dtype)), sums)
@@ -234,7 +249,7 @@ def grouped_tile_kernel(
 
 @triton.jit(do_not_specialize=["first", "zero", "mask", "one"])
 def unpack_kernel(
-    words, scales, minimums, factors, out, first, num_rows, n, k, zero, mask, one,
+    words, scales, factors, out, first, num_rows, n, k, zero, mask, one,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMUMS: tl.constexpr, TILE_N: tl.constexpr,
     ASCENDING: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +259,7 @@ def unpack_kernel(
     row = tl.minimum(first + at, n - 1)
     block = tl.program_id(1)
     weight = unpack_block(
-        words, scales, minimums, block, row, n, zero, mask, one,
+        words, scales, block, row, n, zero, mask, one,
         TILE_N, BITS, GROUP, HAS_MINIMUMS, ASCENDING,
     ) * tl.load(factors + row)[:, None]  # fmt: skip
     column = block * columns + tl.arange(0, columns)
@@ -262,10 +277,10 @@ def grouped_linear(
         return _unpacked(x, weight, bias)
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     num_blocks = weight.codes.shape[0]
-    packed = weight.codes, weight.scales, weight.minimums, weight.factors
+    packed = weight.codes, weight.scales, weight.factors
     numbers = weight.zero, *_masks(weight.bits)
     form = {
-        "BITS": weight.bits, "GROUP": weight.group, "HAS_MINIMUMS": weight.minimums is not None,
+        "BITS": weight.bits, "GROUP": weight.group, "HAS_MINIMUMS": weight.has_minimums,
         "HAS_BIAS": bias is not None,
     }  # fmt: skip
     if tokens == 1 and not deterministic:
@@ -277,9 +292,9 @@ def grouped_linear(
         return out
     tile_m = FEW_TOKENS if deterministic or tokens <= FEW_TOKENS else MANY_TOKENS
     n_tiles = triton.cdiv(n, TILE_N)
-    parts = cut(n_tiles, num_blocks, _LEAST_BLOCKS)
+    parts = cut(n_tiles, num_blocks, _LEAST_BLOCKS, _PROGRAMS)
     num_tiles = n_tiles * triton.cdiv(tokens, tile_m)
-    is_shared = are_shared(parts, num_tiles)
+    is_shared = are_shared(parts, num_tiles, _PROGRAMS)
     sums = new_sums(parts, tokens, n, x.device) if is_shared else out
     grouped_tile_kernel[(num_tiles, parts.num if is_shared else 1)](
         x, *packed, bias, sums, tokens, n, k, num_blocks, parts.num, parts.steps, *numbers,
@@ -306,9 +321,9 @@ def _unpacked(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
         num_rows = min(step, n - first)
         rows = torch.empty((num_rows, k), dtype=x.dtype, device=x.device)
         unpack_kernel[(triton.cdiv(num_rows, TILE_N), weight.codes.shape[0])](
-            weight.codes, weight.scales, weight.minimums, weight.factors, rows, first, num_rows,
+            weight.codes, weight.scales, weight.factors, rows, first, num_rows,
             n, k, weight.zero, *_masks(weight.bits), BITS=weight.bits, GROUP=weight.group,
-            HAS_MINIMUMS=weight.minimums is not None, TILE_N=TILE_N, ASCENDING=ASCENDING,
+            HAS_MINIMUMS=weight.has_minimums, TILE_N=TILE_N, ASCENDING=ASCENDING,
             num_warps=4, **FP_FUSION,
         )  # fmt: skip
         part = out[:, first : first + num_rows]

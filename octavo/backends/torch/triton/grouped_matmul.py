@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.backends.torch.triton.dot import dot
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import load_columns
+from octavo.backends.torch.triton.matmul import load_columns, load_rows
 
 TILE_N, STEP = 128, 64
 
@@ -41,13 +41,12 @@ def grouped_matmul_kernel(
         rows = begin + tl.arange(0, TILE_M)
         at = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
         column = tl.arange(0, STEP)
-        x_row = tl.minimum(rows, tokens - 1).to(tl.int64)
         w_row = expert.to(tl.int64) * n + tl.minimum(at, n - 1)
-        x_at = x + x_row[:, None] * x_stride + column[None, :]
+        x_at = x + rows.to(tl.int64)[:, None] * x_stride + column[None, :]
         w_at = weight + w_row[None, :] * k + column[:, None]
         sums = tl.zeros([TILE_M, TILE_N], tl.float32)
         for start in range(0, k, STEP):
-            values = load_columns(x_at + start, column[None, :], k - start, WHOLE_K)
+            values = load_rows(x_at + start, rows < end, column, k - start, WHOLE_K)
             w = load_columns(w_at + start, column[:, None], k - start, WHOLE_K)
             sums = dot(values, w, sums)
         to = out + rows.to(tl.int64)[:, None] * n + at[None, :]

@@ -45,6 +45,15 @@ def load_columns(place, column, left, WHOLE_K: tl.constexpr):
 
 
 @triton.jit
+def load_rows(place, inside, column, left, WHOLE_K: tl.constexpr):
+    """The same of x, [rows, columns]; a row that is not `inside` is zeros and is not read."""
+    mask = inside[:, None]
+    if not WHOLE_K:
+        mask = mask & (column < left)[None, :]
+    return tl.load(place, mask=mask, other=0.0)
+
+
+@triton.jit
 def put(out, total, bias, rows, at, tokens, n, HAS_BIAS: tl.constexpr):
     """Store a piece [rows, outputs], with the bias."""
     inside = (rows < tokens)[:, None] & (at < n)[None, :]
@@ -65,11 +74,8 @@ def matmul_kernel(
     rows = first_row + tl.arange(0, PIECE)
     at = first_out + tl.arange(0, TILE_N)
     column = tl.arange(0, STEP)
-    # What lies outside is read from the last row instead, and never stored.
-    near = tl.minimum(rows, tokens - 1).to(tl.int64)
-    far = tl.minimum(rows + PIECE, tokens - 1).to(tl.int64)
-    near_at = x + near[:, None] * x_stride + column[None, :]
-    far_at = x + far[:, None] * x_stride + column[None, :]
+    near_at = x + rows.to(tl.int64)[:, None] * x_stride + column[None, :]
+    far_at = near_at + PIECE * x_stride
     w_row = tl.minimum(at, n - 1).to(tl.int64)
     w_at = weight + w_row[None, :] * weight_stride + column[:, None]
     total = tl.zeros([PIECE, TILE_N], tl.float32)
@@ -86,10 +92,11 @@ def matmul_kernel(
         for step in range(part * part_steps, stop):
             start = step * STEP
             w = load_columns(w_at + start, column[:, None], k - start, WHOLE_K)
-            values = load_columns(near_at + start, column[None, :], k - start, WHOLE_K)
+            values = load_rows(near_at + start, rows < tokens, column, k - start, WHOLE_K)
             sums = dot(values, w, sums)
             if PIECES == 2:
-                others = load_columns(far_at + start, column[None, :], k - start, WHOLE_K)
+                far = rows + PIECE < tokens
+                others = load_rows(far_at + start, far, column, k - start, WHOLE_K)
                 far_sums = dot(others, w, far_sums)
         total += sums
         if PIECES == 2:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from octavo.backends.torch.triton.launch import FP_FUSION
 
-_PROGRAMS = 256
+PROGRAMS = 256
 """As many as keep two programs on each of an H200's 132 processors, or nearly."""
-_MAX_PARTS = 8
-_BLOCK = 1024
+MAX_PARTS = 8
+_BLOCK = 512
 
 
 class Parts(NamedTuple):
@@ -30,16 +30,16 @@ class Parts(NamedTuple):
     steps: int
 
 
-def cut(n_tiles: int, num_steps: int, least_steps: int) -> Parts:
+def cut(n_tiles: int, num_steps: int, least_steps: int, programs: int = PROGRAMS) -> Parts:
     """Cut `num_steps` steps of columns for a weight of `n_tiles` tiles of rows."""
-    count = max(1, min(_MAX_PARTS, _PROGRAMS // n_tiles, num_steps // least_steps))
+    count = max(1, min(MAX_PARTS, programs // n_tiles, num_steps // least_steps))
     steps = triton.cdiv(num_steps, count)
     return Parts(triton.cdiv(num_steps, steps), steps)
 
 
-def are_shared(parts: Parts, num_tiles: int) -> bool:
+def are_shared(parts: Parts, num_tiles: int, programs: int = PROGRAMS) -> bool:
     """Whether programs share a tile: when tiles alone would leave half a device idle."""
-    return parts.num > 1 and num_tiles < _PROGRAMS // 2
+    return parts.num > 1 and num_tiles < programs // 2
 
 
 @triton.jit
@@ -52,15 +52,19 @@ def finish(total, row_scale, scale, bias):
 def sum_parts_kernel(
     sums, row_scales, scales, bias, out, tokens, num_parts, n, row_scale_stride, scale_stride,
     HAS_ROW_SCALES: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """See sum_parts; one program a token and BLOCK outputs."""
+    """See sum_parts; one program a token and BLOCK outputs, which loads all parts at once.
+
+    Parts that there are not add 0.0, which changes nothing: a sum that began with 0.0 is not -0.0.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     total = tl.zeros([BLOCK], tl.float32)
-    for part in range(num_parts):
-        total += tl.load(sums + (part * tokens + row) * n + at, mask=inside, other=0.0)
+    for part in tl.static_range(MAX_PARTS):
+        place = sums + (part * tokens + row) * n + at
+        total += tl.load(place, mask=inside & (part < num_parts), other=0.0)
     row_scale = 1.0
     if HAS_ROW_SCALES:
         row_scale = tl.load(row_scales + row * row_scale_stride)
@@ -96,7 +100,7 @@ def sum_parts(
         0 if row_scales is None or row_scales.numel() == 1 else 1,
         0 if scales is None or scales.numel() == 1 else 1,
         HAS_ROW_SCALES=row_scales is not None, HAS_SCALES=scales is not None,
-        HAS_BIAS=bias is not None, BLOCK=_BLOCK, num_warps=4, **FP_FUSION,
+        HAS_BIAS=bias is not None, BLOCK=_BLOCK, MAX_PARTS=MAX_PARTS, num_warps=4, **FP_FUSION,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ the tensor cores, which keep fewer bits than float32 has; it is then scaled by i
 if there are such, and added in float32. At one token a piece uses a quarter of the cores' rate at
 an H200's whole bandwidth. Rows are the same bits whatever T.
 
-Where rows may change with T, long steps of fp8 with scales of rows go to torch's _scaled_mm.
+Where rows may change with T, one row of fp8 with scales of rows goes to row_linear.py and long
+steps go to torch's _scaled_mm.
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from torch import Tensor
 
 from octavo.backends.torch.kernels import Quantized, QuantizedWeight
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.matmul import PIECE, TILE_N, load_columns, place
+from octavo.backends.torch.triton.matmul import PIECE, TILE_N, load_columns, load_rows, place
 from octavo.backends.torch.triton.parts import are_shared, cut, finish, new_sums, sum_parts
+from octavo.backends.torch.triton.row_linear import quantized_row
 from octavo.backends.torch.weights import BLOCK, has_block_scales
 
 _LEAST_STEPS = 4
 _BAND = 16
-_SCALED_MM_CAPABILITY = (8, 9)
+_SCALED_MM_CAPABILITIES = (8, 9), (11, 0)
+"""From the first on, below the second: torch's product may fail with scales of rows on 12.x."""
 
 
 @triton.jit
 def add_step(
-    sums, values, w, x_scales, w_scales, step, steps, rows, IS_BLOCKED: tl.constexpr
+    sums, values, w, x_scales, w_scales, step, steps, rows, tokens, IS_BLOCKED: tl.constexpr
 ):  # fmt: skip
     """Sums and those of one step of 128 columns."""
     if values.dtype == tl.int8:
         return tl.dot(values, w, sums, out_dtype=tl.int32)
     if IS_BLOCKED:
-        scale = tl.load(x_scales + rows * steps + step) * tl.load(w_scales + step)
+        x_scale = tl.load(x_scales + rows * steps + step, mask=rows < tokens, other=0.0)
+        scale = x_scale * tl.load(w_scales + step)
         return tl.fma(tl.dot(values, w), scale[:, None], sums)
     return sums + tl.dot(values, w)
 
@@ -78,11 +82,8 @@ def quantized_kernel(
     rows = first_row + tl.arange(0, PIECE)
     at = first_out + tl.arange(0, TILE_N)
     column = tl.arange(0, STEP)
-    # What lies outside is read from the last row instead, and never stored.
-    near = tl.minimum(rows, tokens - 1)
-    far = tl.minimum(rows + PIECE, tokens - 1)
-    near_at = x + near.to(tl.int64)[:, None] * x_stride + column[None, :]
-    far_at = x + far.to(tl.int64)[:, None] * x_stride + column[None, :]
+    near_at = x + rows.to(tl.int64)[:, None] * x_stride + column[None, :]
+    far_at = near_at + PIECE * x_stride
     w_row = tl.minimum(at, n - 1).to(tl.int64)
     w_at = weight + w_row[None, :] * weight_stride + column[:, None]
     w_scale_at = w_scales + first_out // TILE_N * steps
@@ -99,12 +100,15 @@ def quantized_kernel(
         for step in range(part * part_steps, tl.minimum((part + 1) * part_steps, steps)):
             start = step * STEP
             w = load_columns(w_at + start, column[:, None], k - start, WHOLE_K)
-            values = load_columns(near_at + start, column[None, :], k - start, WHOLE_K)
-            sums = add_step(sums, values, w, x_scales, w_scale_at, step, steps, near, IS_BLOCKED)
+            values = load_rows(near_at + start, rows < tokens, column, k - start, WHOLE_K)
+            sums = add_step(
+                sums, values, w, x_scales, w_scale_at, step, steps, rows, tokens, IS_BLOCKED
+            )
             if PIECES == 2:
-                values = load_columns(far_at + start, column[None, :], k - start, WHOLE_K)
+                far = rows + PIECE
+                values = load_rows(far_at + start, far < tokens, column, k - start, WHOLE_K)
                 far_sums = add_step(
-                    far_sums, values, w, x_scales, w_scale_at, step, steps, far, IS_BLOCKED
+                    far_sums, values, w, x_scales, w_scale_at, step, steps, far, tokens, IS_BLOCKED
                 )
         total += sums.to(tl.float32)
         if PIECES == 2:
@@ -130,8 +134,11 @@ def quantized_linear(
     """The product of two that are quantized; see Kernels."""
     (tokens, k), n = x.codes.shape, weight.codes.shape[0]
     is_blocked = has_block_scales(weight)
-    if not deterministic and not is_blocked and _takes_scaled_mm(x, weight, dtype):
-        return _scaled_mm(x, weight, bias, dtype)
+    if not deterministic and not is_blocked:
+        if tokens == 1 and x.codes.dtype == torch.float8_e4m3fn:
+            return quantized_row(x, weight, bias, dtype)
+        if _takes_scaled_mm(x, weight, dtype):
+            return _scaled_mm(x, weight, bias, dtype)
     assert is_blocked or x.scales.shape[1] == 1  # scales of groups go with scales of blocks
     n_tiles, steps = triton.cdiv(n, TILE_N), triton.cdiv(k, BLOCK)
     parts = cut(n_tiles, steps, _LEAST_STEPS)
@@ -157,6 +164,7 @@ def quantized_linear(
 
 def _takes_scaled_mm(x: Quantized, weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     """Whether torch's product takes these, and there are enough rows for it to be the faster."""
+    first, end = _SCALED_MM_CAPABILITIES
     (tokens, k), n = x.codes.shape, weight.codes.shape[0]
     return (
         tokens > PIECE
@@ -166,7 +174,7 @@ def _takes_scaled_mm(x: Quantized, weight: QuantizedWeight, dtype: torch.dtype) 
         and dtype == torch.bfloat16
         and k % 16 == 0
         and n % 16 == 0
-        and torch.cuda.get_device_capability(x.codes.device) >= _SCALED_MM_CAPABILITY
+        and first <= torch.cuda.get_device_capability(x.codes.device) < end
     )
 
 

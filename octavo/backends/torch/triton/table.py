@@ -12,6 +12,7 @@ from octavo.backends.torch.triton.quantize import quantize
 from octavo.backends.torch.triton.quantized_linear import quantized_linear
 from octavo.backends.torch.triton.rms_norm import rms_norm
 from octavo.backends.torch.triton.rope_write import rope_write
+from octavo.backends.torch.triton.row_linear import linear
 from octavo.backends.torch.triton.sample import sample
 
 KERNELS = Kernels(
@@ -21,6 +22,7 @@ KERNELS = Kernels(
     rope_write=rope_write,
     attention=attention,
     matmul=matmul,
+    linear=linear,
     grouped_linear=grouped_linear,
     quantized_linear=quantized_linear,
     sample=sample,
