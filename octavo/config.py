@@ -171,8 +171,13 @@ def available_memory() -> int:
     return free if free < 1 << 62 else 4 << 30
 
 
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
-"""Files that the drivers of NVIDIA and AMD make."""
+_GPU_DRIVERS = (
+    "/dev/nvidiactl",
+    "/proc/driver/nvidia/version",
+    "/usr/lib/wsl/lib/libcuda.so.1",
+    "/dev/kfd",
+)
+"""Files of the drivers of NVIDIA (the third under Windows) and AMD."""
 
 
 def choose_backend(asked: Backend | Literal["auto"], device: str | None) -> Backend:

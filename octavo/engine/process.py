@@ -139,7 +139,10 @@ def _sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return "the engine ran out of memory; lower --memory or --max-num-batched-tokens"
-    return f"the engine failed: {type(error).__name__}: {error}"
+    first, _, _ = str(error).partition("\n")  # Torch goes on with advice for its own users.
+    if "out of memory" in first:
+        return f"the engine ran out of the device's memory; lower --memory ({first})"
+    return f"the engine failed: {type(error).__name__}: {first}"
 
 
 def _end_with_parent(fd: int) -> None:

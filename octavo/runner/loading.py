@@ -114,13 +114,8 @@ def load(config: EngineConfig, progress: PhaseProgress) -> LoadedModel:
     finally:
         files.close()
     progress("cache", 0.0)
-    block_bytes = program.block_bytes()
-    memory_bytes = config.memory_bytes
-    if memory_bytes is None:
-        progress("memory", 0.0)
-        memory_bytes = program.spare_bytes()
-        assert memory_bytes is not None, "validate() asks for --memory elsewhere"
-    num_blocks = pool_blocks(config, memory_bytes, max_model_len, block_bytes)
+    memory_bytes = _pool_bytes(config, program.spare_bytes())
+    num_blocks = pool_blocks(config, memory_bytes, max_model_len, program.block_bytes())
     program.allocate_cache(num_blocks)
     return LoadedModel(
         program=program,
@@ -185,6 +180,24 @@ def _compiler(config: EngineConfig) -> Compiler:
     return compiler
 
 
+def _pool_bytes(config: EngineConfig, spare_bytes: int | None) -> int:
+    """What the pool may take: what was asked for, or what a device has (None: there is none).
+
+    Raises:
+        ConfigError: more was asked for than there is.
+    """
+    asked = config.memory_bytes
+    if spare_bytes is None:
+        assert asked is not None, "validate() asks for --memory where nothing else says it"
+        return asked
+    if asked is not None and asked > spare_bytes:
+        raise ConfigError(
+            f"--memory of {asked:,} bytes is more than the {spare_bytes:,} that the device has "
+            "free beside the weights and the largest step: lower it, or leave it out"
+        )
+    return spare_bytes if asked is None else asked
+
+
 def pool_blocks(
     config: EngineConfig, memory_bytes: int, max_model_len: int, block_bytes: int
 ) -> int:
@@ -197,6 +210,13 @@ def pool_blocks(
     a_sequence = -(-max_model_len // config.block_size)
     needed = a_sequence if config.max_model_len is not None else 1
     if by_memory < needed:
+        if config.memory_bytes is None:
+            raise ConfigError(
+                f"the device has {memory_bytes:,} bytes free beside the weights and the largest "
+                f"step; the KV cache needs at least {needed * block_bytes:,}: lower "
+                "--max-num-batched-tokens, --max-num-seqs or --max-model-len, or take a smaller or "
+                "a quantized model"
+            )
         raise ConfigError(
             f"--memory of {memory_bytes:,} bytes holds "
             f"{by_memory * config.block_size:,} tokens of KV cache "

@@ -216,6 +216,11 @@ def test_a_refusal_goes_back_and_nothing_ends(
         (KernelError("row 3 is broken"), "row 3 is broken"),
         (ZeroDivisionError("by zero"), "the engine failed: ZeroDivisionError: by zero"),
         (MemoryError(), "the engine ran out of memory"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
+            "the engine ran out of the device's memory; lower --memory (CUDA out of memory. Tried "
+            "to allocate 2 GiB.)",
+        ),
     ],
 )
 def test_a_broken_step_ends_the_engine_with_a_sentence(

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from octavo.backends.torch.program import TorchProgram
 from octavo.config import EngineConfig, choose_backend
 from octavo.errors import ConfigError, ModelFileError
 from octavo.graph.tensors import StoredTensor
@@ -125,6 +126,37 @@ def test_a_gpu_alone_finds_out_how_much_memory_it_has(tiny_model_path: Path) -> 
     for elsewhere in ({"backend": "cpu"}, {"backend": "torch", "device": "cpu"}):
         with pytest.raises(ConfigError, match="--memory must be given"):
             config(tiny_model_path, memory_bytes=None, **elsewhere).validate()
+
+
+@pytest.mark.parametrize(
+    ("asked", "spare", "message"),
+    [
+        (101 * TOKEN_BYTES, 100 * TOKEN_BYTES, "more than the 25,600 that the device has free"),
+        (
+            None,
+            15 * TOKEN_BYTES,
+            "has 3,840 bytes free .* needs at least 4,096: lower --max-num-ba",
+        ),
+    ],
+)
+def test_what_a_device_has_is_no_more_than_it_has(
+    tiny_model_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int | None,
+    spare: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(TorchProgram, "spare_bytes", lambda program: spare)
+
+    def options(memory_bytes: int | None) -> EngineConfig:
+        place = {"backend": "torch", "device": "cpu"}
+        return config(tiny_model_path, memory_bytes=memory_bytes, **place)
+
+    with pytest.raises(ConfigError, match=message):
+        load(options(asked), silent)
+    monkeypatch.setattr(TorchProgram, "spare_bytes", lambda program: 100 * TOKEN_BYTES)
+    assert load(options(50 * TOKEN_BYTES), silent).num_blocks == 3
+    assert load(options(None), silent).max_model_len == 96
 
 
 @pytest.mark.parametrize(

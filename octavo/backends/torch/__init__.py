@@ -58,14 +58,10 @@ def compile(
         KernelError: a weight is missing or of another shape than declared.
     """
     device = open_device(options.device.name)
+    kernels = choose_kernels(options.device.kernels, device)
     if device.type == "cpu":
         torch.set_num_threads(options.num_threads)
-    stored: dict[str, StoredTensor] = {}
-    for name, shape in graph.weights.items():
-        weight = weights.get(name)
-        if weight is None or tuple(weight.shape) != shape:
-            raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
-        stored[name] = weight
+    stored = _stored(graph, weights)
     dtype = choose_dtype(options.device, device, stored.values())
     if not has_fp8(device) and "fp8" in (options.cache_dtype, options.device.quantization):
         raise ConfigError(
@@ -92,11 +88,22 @@ def compile(
         calls,
         loader.weights,
         cache,
-        choose_kernels(options.device.kernels, device),
+        kernels,
         dtype=dtype,
         deterministic=options.device.deterministic,
     )
     return TorchProgram(graph, options, executor, cache, device)
+
+
+def _stored(graph: Graph, weights: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """Every weight of the graph, looked up once."""
+    stored: dict[str, StoredTensor] = {}
+    for name, shape in graph.weights.items():
+        weight = weights.get(name)
+        if weight is None or tuple(weight.shape) != shape:
+            raise KernelError(f"weight {name} is missing or not of shape {list(shape)}")
+        stored[name] = weight
+    return stored
 
 
 def _rounded(

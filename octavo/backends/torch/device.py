@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -11,10 +12,8 @@ from octavo.errors import ConfigError
 from octavo.graph.tensors import DenseTensor, StoredTensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NATIVE_BF16 = (8, 0)
-"""The first compute capability that multiplies bfloat16."""
-
-
+_FIRST = (8, 0)
+"""The first compute capability whose matrix instructions Triton knows, and that has bfloat16."""
 _FIRST_FP8 = (8, 9)
 """The first that multiplies e4m3."""
 
@@ -49,11 +48,33 @@ def open_device(name: str) -> torch.device:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
-    torch.cuda.set_device(index)  # Triton launches where torch stands.
+    device = torch.device("cuda", index)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--device {name}: {first_line(error)}; see what nvidia-smi says"
+        ) from None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _FIRST:
+        raise ConfigError(
+            f"{describe(device)} is too old: Ampere (compute capability 8.0) is the first that is "
+            "supported; give --backend cpu"
+        )
     # Else cuBLAS may add parts of a product's columns in 16 bits.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    return torch.device("cuda", index)
+    return device
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches where torch stands, which each thread has for itself."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def first_line(error: BaseException) -> str:
+    """What torch says of an error, without its advice."""
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def choose_dtype(
@@ -61,21 +82,17 @@ def choose_dtype(
 ) -> torch.dtype:
     """The dtype of activations and dense weights: the one asked for, or that of the matrices.
 
-    Without dense matrices, and for float32 ones on a GPU, it is bfloat16 where the device
-    multiplies it, else float16; on torch's CPU device float32.
+    Without dense matrices, and for float32 ones on a GPU, it is bfloat16; on torch's CPU device
+    float32.
     """
     if options.dtype != "auto":
         return DTYPES[options.dtype]
     if device.type == "cpu":
         return torch.float32
-    has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (
-        _NATIVE_BF16
-    )
-    half = torch.bfloat16 if has_bf16 else torch.float16
     for weight in weights:
         if isinstance(weight, DenseTensor) and len(weight.shape) == 2 and weight.dtype == "f16":
             return torch.float16
-    return half
+    return torch.bfloat16
 
 
 def has_fp8(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ and one tensor of logits; where a device has little memory left, further sizes r
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,9 +21,11 @@ from octavo.backends.torch.execute import GraphExecutor
 from octavo.backends.torch.kernels import StepArrays
 from octavo.graph.batch import Batch, Int32
 
+_log = logging.getLogger("octavo.torch")
+
 LEAST_TABLE_TOKENS = 1024
 """Block tables are padded to hold 1, 2, 4 ... times so many tokens."""
-LEAST_FREE_BYTES = 128 << 20
+LEAST_FREE_BYTES = 256 << 20
 """Of the device, to capture a size."""
 
 
@@ -97,6 +100,7 @@ class DecodeGraphs:
         self._most_rows = padded_count(max_num_rows)
         self._sizes: dict[tuple[int, int], _Size] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
         self._logits: Tensor | None = None
         self._is_full = False
 
@@ -115,11 +119,7 @@ class DecodeGraphs:
             size = self._sizes[shape] = _Size(Staging(self._device))
         arrays = put_step(size.staging, padded, last_tokens, width)
         if size.graph is None and size.is_loaded and self._has_room():
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with what they do on the device.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._compute(*arrays)
-            size.graph = graph
+            size.graph = self._capture(arrays)
         if size.graph is None:
             self._compute(*arrays)
             size.is_loaded = True
@@ -140,7 +140,29 @@ class DecodeGraphs:
 
     def _has_room(self) -> bool:
         if not self._is_full:
-            torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self._device)
             self._is_full = int(free) < LEAST_FREE_BYTES
+            if self._is_full:
+                _log.warning(
+                    "%d MiB are free on the device: further sizes of steps are not captured and "
+                    "run more slowly; a lower --memory helps", free >> 20,
+                )  # fmt: skip
         return not self._is_full
+
+    def _capture(self, arrays: tuple[StepArrays, Tensor, Tensor]) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph; None if memory ran out."""
+        graph = torch.cuda.CUDAGraph()
+        computing = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(computing)
+        # Not torch.cuda.graph, which gives back memory that is kept for the largest steps.
+        with torch.cuda.stream(self._stream):
+            # Other threads may go on with what they do on the device.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                self._compute(*arrays)
+            except torch.OutOfMemoryError:
+                self._is_full = True
+            finally:
+                graph.capture_end()
+        computing.wait_stream(self._stream)
+        return None if self._is_full else graph

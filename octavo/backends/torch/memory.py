@@ -12,8 +12,8 @@ from octavo.backends.program import CompileOptions
 from octavo.backends.torch.transfers import DEVICE_BYTES
 from octavo.graph.batch import Batch, Bias, Filters, Noise, Penalties, SamplingRows
 
-GRAPH_BYTES = 256 << 20
-"""What captured graphs and the libraries' workspaces take later on."""
+GRAPH_BYTES = 512 << 20
+"""What captured graphs and the libraries' workspaces take later on, all sizes together."""
 MARGIN = 0.02
 """Of the device's memory, for what the allocator cannot join together."""
 
@@ -32,23 +32,48 @@ def measure_spare_bytes(device: torch.device, run_largest: Callable[[], None]) -
     return max(0, int(free) - int(peak) - others)
 
 
-def largest_step(counts: NDArray[np.intp], seq_len: int, limits: CompileOptions) -> Batch:
-    """A step of sequences that read block 0 and write nothing, with the most sampled rows.
+def largest_steps(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]]:
+    """Steps that take the most memory: the most tokens of a prompt, and of sequences one each.
+
+    How much that is the widths of block tables decide, not how much of them is read.
+    """
+    prompt = min(limits.max_num_tokens, limits.max_model_len)
+    for counts in (np.array([prompt]), np.ones(limits.max_num_rows, np.intp)):
+        batch = empty_step(counts, limits.max_model_len, limits)
+        yield batch, sampling_rows(len(batch.logits_rows))
+
+
+def steps_to_load(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]]:
+    """Steps that kernels are compiled or loaded for, which would make requests wait.
+
+    Products have tiles for 1 token, up to 16, 64, 256 and more, attention for 1, up to 2, 4 ... 64
+    rows of a kv head, and more.
+    """
+    for number, tokens in enumerate((1, 2, 3, 5, 9, 17, 33, 65, 257)):
+        if tokens <= min(limits.max_num_tokens, limits.max_model_len):
+            batch = empty_step(np.array([tokens]), tokens, limits)
+            is_filtered, wanted = number % 2 == 1, 20 if number // 2 % 2 else -1
+            rows = len(batch.logits_rows)
+            yield batch, sampling_rows(rows, filtered=is_filtered, num_logprobs=wanted)
+
+
+def empty_step(counts: NDArray[np.intp], context: int, limits: CompileOptions) -> Batch:
+    """A step of new sequences that write nothing, with as many sampled rows as there may be.
 
     Args:
         counts: tokens of each sequence.
-        seq_len: of each sequence, those tokens included.
+        context: tokens that their block tables have room for, all in block 0.
         limits: the sizes that the Program is made for.
     """
     num_tokens = int(counts.sum())
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    from_end = np.repeat(starts[1:], counts) - np.arange(num_tokens, dtype=np.int32)
-    width = -(-seq_len // limits.block_size)
+    begins = np.repeat(starts[:-1], counts)
+    width = -(-context // limits.block_size)
     return Batch(
         token_ids=np.zeros(num_tokens, np.int32),
-        positions=(seq_len - from_end).astype(np.int32)[None],
+        positions=(np.arange(num_tokens, dtype=np.int32) - begins)[None],
         query_start_loc=starts,
-        seq_lens=np.full(len(counts), seq_len, np.int32),
+        seq_lens=counts.astype(np.int32),
         block_tables=(np.zeros((len(counts), width), np.int32),),
         slot_mapping=(np.full(num_tokens, -1, np.int32),),
         logits_rows=np.arange(min(num_tokens, limits.max_num_rows), dtype=np.int32),
@@ -82,16 +107,3 @@ def sampling_rows(count: int, *, filtered: bool = True, num_logprobs: int = 20) 
         ),
         num_logprobs=none + np.int32(num_logprobs),
     )
-
-
-def steps_to_load(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]]:
-    """Steps that kernels are compiled or loaded for, which would make requests wait.
-
-    Products have tiles for 1 token, up to 16, 64, 256 and more; attention has its own for decode.
-    """
-    for number, tokens in enumerate((1, 2, 17, 65, 257)):
-        if tokens <= min(limits.max_num_tokens, limits.max_model_len):
-            batch = largest_step(np.array([tokens]), tokens, limits)
-            count = len(batch.logits_rows)
-            is_filtered, wanted = number % 2 == 1, 20 if number // 2 % 2 else -1
-            yield batch, sampling_rows(count, filtered=is_filtered, num_logprobs=wanted)

@@ -12,18 +12,13 @@ from torch import Tensor
 from octavo.backends.program import Bytes, CompileOptions
 from octavo.backends.torch.arrays import Staging, put_ids, put_rows, put_step
 from octavo.backends.torch.cache import KVCache, independent
-from octavo.backends.torch.device import describe
+from octavo.backends.torch.device import describe, launching_on
 from octavo.backends.torch.execute import GraphExecutor
 from octavo.backends.torch.graphs import DecodeGraphs, is_decode
 from octavo.backends.torch.kernels import Sampled
-from octavo.backends.torch.memory import (
-    largest_step,
-    measure_spare_bytes,
-    sampling_rows,
-    steps_to_load,
-)
+from octavo.backends.torch.memory import largest_steps, measure_spare_bytes, steps_to_load
 from octavo.backends.torch.transfers import PendingRows, Transfers, host_memory
-from octavo.errors import KernelError
+from octavo.errors import ConfigError, KernelError
 from octavo.graph.batch import Batch, Float32, Int32, SamplingRows, StepOutput
 from octavo.graph.trace import Graph
 
@@ -99,27 +94,27 @@ class TorchProgram:
         """Bytes that the largest step leaves free on a GPU, other processes respected."""
         if self._device.type != "cuda":
             return None
-        return measure_spare_bytes(self._device, self._run_largest)
+        try:
+            return measure_spare_bytes(self._device, self._run_largest)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                "the device has no room for the largest step beside the weights: lower "
+                "--max-num-batched-tokens or --max-num-seqs, or take a smaller or a quantized model"
+            ) from None
 
     def _run_largest(self) -> None:
-        """Compute steps as large as can be, over a cache of one block.
-
-        A prompt has the most tokens, one token of each of the most sequences the longest contexts.
-        """
-        limits = self._options
-        num_tokens = min(limits.max_num_tokens, limits.max_model_len)
-        steps = (
-            largest_step(np.array([num_tokens]), num_tokens, limits),
-            largest_step(np.ones(limits.max_num_rows, np.intp), limits.max_model_len, limits),
-        )
+        """Compute steps as large as can be, over a cache of one block."""
         if self._cache is not None:
             self._cache.allocate(1)
         try:
-            for batch in steps:
-                self.run(batch, sampling_rows(len(batch.logits_rows)))
+            self._run_all(largest_steps(self._options))
         finally:
             if self._cache is not None:
                 self._cache.release()
+
+    def _run_all(self, steps: Iterable[tuple[Batch, SamplingRows]]) -> None:
+        for batch, rows in steps:
+            self.run(batch, rows)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Make the KV pool; every block reads as zero."""
@@ -130,18 +125,17 @@ class TorchProgram:
             raise KernelError("the cache is allocated once")
         self._cache.allocate(num_blocks)
         if self._device.type == "cuda":
-            self._load_kernels()
-
-    def _load_kernels(self) -> None:
-        for batch, rows in steps_to_load(self._options):
-            self.run(batch, rows)
+            self._run_all(steps_to_load(self._options))
+            # Torch keeps the memory of these: whoever else is on the device cannot take it.
+            self._run_all(largest_steps(self._options))
 
     def copy_blocks(self, pairs: Int32) -> None:
         """Copy whole blocks, one pair after another."""
         cache = self._cache_of_blocks(pairs, (2,))
-        for together in independent(pairs.tolist()):
-            there = put_ids(np.array(together, np.int32), self._device)
-            self._alive().kernels.copy_blocks(cache.pool, there)
+        with launching_on(self._device):
+            for together in independent(pairs.tolist()):
+                there = put_ids(np.array(together, np.int32), self._device)
+                self._alive().kernels.copy_blocks(cache.pool, there)
 
     def read_blocks(self, ids: Int32, out: Sequence[Bytes] | None = None) -> PendingRows:
         """Begin to read whole blocks, layer after layer."""
@@ -194,7 +188,7 @@ class TorchProgram:
         """Have a step computed; return the outputs that are wanted, and what is sampled."""
         executor = self._alive()
         self._check(batch, rows)
-        with torch.inference_mode():
+        with launching_on(self._device), torch.inference_mode():
             if self._graphs is not None and rows is not None and not wants and is_decode(batch):
                 logits = self._graphs.run(batch, self._last_tokens)
                 return {}, self._sample(logits, rows)

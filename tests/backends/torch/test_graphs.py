@@ -8,9 +8,10 @@ step that was captured, as on a device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ class Recording(TorchDispatchMode):
             self.steps.append(lambda: put(func(*args, **(kwargs or {})), result))
         return result
 
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        """Record from here on."""
+        self.is_capturing = True
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        """Record no more."""
+        self.__exit__(None, None, None)
+        self.is_capturing = False
+
     def replay(self) -> None:
         """What a device does with the graph."""
         self.num_replays += 1
@@ -91,13 +102,6 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         made.append(Recording())
         return made[-1]
 
-    @contextmanager
-    def capture(graph: Recording, pool: Any, capture_error_mode: str) -> Iterator[None]:
-        graph.is_capturing = True
-        with graph:
-            yield
-        graph.is_capturing = False
-
     launch = interpreter.GridExecutor.__call__
 
     def launch_once(executor: Any, *args: Any, **kwargs: Any) -> None:
@@ -111,8 +115,11 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_once)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    stream = Mock(spec=torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     return made
 
@@ -181,7 +188,11 @@ def test_a_replay_computes_what_its_step_asks_for(
 
 
 def test_without_memory_for_a_graph_steps_run_as_they_are(
-    kit: Any, graph: Graph, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+    kit: Any,
+    graph: Graph,
+    recordings: list[Recording],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (graphs.LEAST_FREE_BYTES - 1, 0))
     program = compiled(graph)
@@ -189,6 +200,27 @@ def test_without_memory_for_a_graph_steps_run_as_they_are(
     for batch in history(kit):
         assert (program.run(batch, kit.rows(len(batch.logits_rows))).tokens >= 0).all()
     assert not recordings
+    (message,) = caplog.messages
+    assert message.startswith("255 MiB are free on the device: further sizes of steps")
+
+
+def test_memory_that_runs_out_in_a_capture_ends_nothing(
+    kit: Any, graph: Graph, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = compiled(graph)
+    executor = program._alive()
+    program._graphs = DecodeGraphs(torch.device("cpu"), executor, BLOCK_SIZE, 16)
+    run = executor.run
+
+    def run_out(*args: Any) -> Any:
+        if any(recording.is_capturing for recording in recordings):
+            raise torch.OutOfMemoryError("no memory")
+        return run(*args)
+
+    monkeypatch.setattr(executor, "run", run_out)
+    for batch in history(kit):
+        assert (program.run(batch, kit.rows(len(batch.logits_rows))).tokens >= 0).all()
+    assert [recording.num_replays for recording in recordings] == [0], "it is tried once"
 
 
 def test_sizes_of_captured_steps() -> None:

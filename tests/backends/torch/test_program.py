@@ -15,6 +15,7 @@ from octavo.backends.program import CompileOptions, DeviceOptions, Program
 from octavo.backends.torch.arrays import Staging, put_step
 from octavo.backends.torch.graphs import pad_decode
 from octavo.backends.torch.lowering import Form, LinearCall, NormCall, lower
+from octavo.backends.torch.memory import steps_to_load
 from octavo.backends.torch.program import TorchProgram
 from octavo.errors import ConfigError, KernelError
 from octavo.graph.batch import Batch
@@ -199,12 +200,13 @@ def test_the_largest_steps_need_a_pool_of_one_block(
     run, steps = program.run, []
 
     def note(batch: Batch, rows: Any) -> Any:
-        steps.append((len(batch.token_ids), int(batch.seq_lens.max()), len(batch.logits_rows)))
+        width = batch.block_tables[0].shape[1]
+        steps.append((len(batch.token_ids), width, len(batch.logits_rows)))
         return run(batch, rows)
 
     monkeypatch.setattr(program, "run", note)
     program._run_largest()
-    assert steps == [(64, 64, 16), (16, 64, 16)]
+    assert steps == [(64, 8, 16), (16, 8, 16)]
     assert program.spare_bytes() is None, "torch's CPU device has no memory of its own"
 
 
@@ -222,8 +224,9 @@ def test_loading_kernels_leaves_no_trace(
 
     monkeypatch.setattr(program, "run", note)
     program.allocate_cache(3)
-    program._load_kernels()
-    assert steps == [(1, 0), (2, 0), (17, 20)], "no more than a step's tokens"
+    program._run_all(steps_to_load(program._options))
+    assert [tokens for tokens, _ in steps] == [1, 2, 3, 5, 9, 17, 33], "a step has 64 tokens"
+    assert [wanted for _, wanted in steps] == [0, 0, 20, 20, 0, 0, 20]
     assert not np.stack(program.read_blocks(np.arange(3, dtype=np.int32)).result()).any()
 
 
