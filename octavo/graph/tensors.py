@@ -300,8 +300,8 @@ class BlockFloatTensor:
         scales: float32, a block each; blocks at the lower and the right edge may be cut.
         block: rows and columns of a block.
         input_scale: what the model's inputs of this weight are divided by before they are rounded
-            to FP8, if its makers measured it; backends that keep inputs unrounded have no use for
-            it.
+            to FP8, if its makers measured it, 2**-126 to 2**126; backends that keep inputs
+            unrounded have no use for it.
     """
 
     codes: NDArray[np.uint8]

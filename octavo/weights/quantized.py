@@ -27,6 +27,9 @@ ReadBytes = Callable[[TensorInfo], NDArray[np.uint8]]
 CACHE_SCALE = re.compile(r"\.(?:[kqv]|kv|prob|output)_scale$")
 """Scales for a KV cache in FP8, of which Octavo measures its own."""
 
+_INPUT_SCALES = 2.0**-126, 2.0**126
+"""The least and the greatest scale of inputs: within these, 1 / scale is as exact as the scale."""
+
 _SIGNS = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed")
 
 
@@ -211,6 +214,11 @@ class _Float8:
         input_scale = None
         if given is not None:
             input_scale = float(read_scales(given.type, read(given), given.shape).max())
+            if not _INPUT_SCALES[0] <= input_scale <= _INPUT_SCALES[1]:
+                raise ModelFileError(
+                    f"{given.name} is {input_scale}, by which no input can be rounded; take "
+                    "another version of the model"
+                )
         return read_float8(read(self.weight), shape, scales, block, input_scale)
 
     def _geometry(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -103,6 +103,17 @@ def test_a_static_input_scale_is_kept(name: str, tmp_path: Path) -> None:
     assert opened(tmp_path, tensors, FP8).input_scale == 0.0625
 
 
+@pytest.mark.parametrize("value", [0.0, -0.5, float("nan"), float("inf"), 1e-39])
+def test_an_input_scale_that_rounds_nothing_is_named(
+    value: float, tmp_path: Path, one_sentence: OneSentence
+) -> None:
+    codes, scales, _ = round_to_float8(random_weight(), (200, 320))
+    tensors = {"a.weight": codes, "a.weight_scale": scales, "a.input_scale": torch.tensor(value)}
+    with pytest.raises(ModelFileError) as caught:
+        opened(tmp_path, tensors, FP8)
+    assert "a.input_scale is " in one_sentence(caught)
+
+
 def test_what_is_left_out_stays_dense_and_cache_scales_are_no_weights(tmp_path: Path) -> None:
     codes, scales, _ = round_to_float8(random_weight(), (200, 320))
     tensors = {"a.weight": codes, "a.weight_scale": scales, "lm_head.weight": random_weight()}

@@ -7,21 +7,22 @@ from typing import Any
 
 from aot_case import AotCase
 
-from octavo.backends.torch.kernels import QuantizeMode
+from octavo.backends.torch.kernels import QuantizeMode, StaticScale
 from octavo.backends.torch.triton.copy_blocks import copy_blocks_kernel
 from octavo.backends.torch.triton.gated import gated_kernel
 from octavo.backends.torch.triton.quantize import Tile, quantize_kernel, warps_of
 from octavo.backends.torch.triton.rms_norm import Shape, rms_norm_kernel
 from octavo.backends.torch.triton.rope_write import rope_write_kernel, tile_of
 
+STATIC = StaticScale(0.5)
 STRIDES = ("x_stride", "residual_stride")
 FP8_TARGETS = ("sm_90", "sm_100", "gfx942")
 """Triton has no conversion to float8_e4m3fn before sm_89."""
 
 
-def targets_of(mode: str | None) -> tuple[str, ...]:
+def targets_of(mode: QuantizeMode | None) -> tuple[str, ...]:
     """Where codes of this mode can be made; empty: everywhere."""
-    return FP8_TARGETS if mode is not None and mode.startswith("fp8") else ()
+    return () if mode in (None, "int8 token") else FP8_TARGETS
 
 
 def code_of(mode: QuantizeMode | None, dtype: str) -> str:
@@ -46,12 +47,14 @@ def rms_norm(
         "total": f"*{dtype}",
         "out": f"*{code_of(mode, dtype)}",
         "scales": "*fp32",
+        "given": "fp32",
         "num_rows": "i32",
         "x_stride": "i32",
         "residual_stride": "i32",
         "eps": "fp32",
     }
-    absent = [n for n, there in (("residual", residual), ("scales", mode is not None)) if not there]
+    optional = {"residual": residual, "scales": mode is not None, "given": mode == STATIC}
+    absent = [name for name, is_there in optional.items() if not is_there]
     return AotCase(
         f"rms_norm {dtype} {heads} x {features}{' + residual' * residual} {mode or ''}".strip(),
         rms_norm_kernel,
@@ -69,9 +72,10 @@ def rms_norm(
     )
 
 
-def of_tile(tile: Tile, features: int) -> Mapping[str, Any]:
+def of_tile(tile: Tile, features: int, mode: QuantizeMode | None) -> Mapping[str, Any]:
     """The constants that gated and quantize share."""
-    return {"FEATURES": features, "GROUPS": tile.groups, "WIDTH": tile.width}
+    given = {} if mode == STATIC else {"given": None}
+    return {**given, "FEATURES": features, "GROUPS": tile.groups, "WIDTH": tile.width}
 
 
 def gated(dtype: str, features: int, activation: str, mode: QuantizeMode | None = None) -> AotCase:
@@ -85,12 +89,13 @@ def gated(dtype: str, features: int, activation: str, mode: QuantizeMode | None 
             "up": f"*{dtype}",
             "out": f"*{code_of(mode, dtype)}",
             "scales": "*fp32",
+            "given": "fp32",
             "gate_stride": "i32",
             "up_stride": "i32",
         },
         {
             **({} if mode else {"scales": None}),
-            **of_tile(tile, features),
+            **of_tile(tile, features, mode),
             "GELU": activation == "gelu",
         },
         divisible=("gate", "up", "out", "scales", "gate_stride", "up_stride"),
@@ -109,9 +114,10 @@ def quantize(dtype: str, features: int, mode: QuantizeMode) -> AotCase:
             "x": f"*{dtype}",
             "codes": f"*{code_of(mode, dtype)}",
             "scales": "*fp32",
+            "given": "fp32",
             "stride": "i32",
         },
-        of_tile(tile, features),
+        of_tile(tile, features, mode),
         divisible=("x", "codes", "scales", "stride"),
         options={"num_warps": tile.num_warps},
         targets=targets_of(mode),
@@ -156,7 +162,7 @@ def rope_write(
         },
         divisible=(*pointers, *strides),
         options={"num_warps": max(tile * half // 256, 1)},
-        targets=targets_of("fp8" if cache == "fp8e4nv" else None),
+        targets=FP8_TARGETS if cache == "fp8e4nv" else (),
     )
 
 
@@ -184,6 +190,8 @@ CASES: tuple[AotCase, ...] = (
     rms_norm("bf16", 4096, mode="fp8 token"),
     rms_norm("bf16", 8192, mode="int8 token"),
     rms_norm("bf16", 8192, mode="fp8 token"),
+    rms_norm("bf16", 4096, mode=STATIC),
+    rms_norm("bf16", 8192, mode=STATIC),
     rms_norm("bf16", 5120, mode="fp8 group"),
     rms_norm("bf16", 8192, mode="fp8 group"),
     rms_norm("bf16", 16384, mode="fp8 group"),
@@ -196,14 +204,17 @@ CASES: tuple[AotCase, ...] = (
     gated("fp32", 14336, "silu"),
     gated("bf16", 14336, "silu", "int8 token"),
     gated("bf16", 14336, "silu", "fp8 token"),
+    gated("bf16", 14336, "silu", STATIC),
     gated("bf16", 14336, "gelu", "int8 token"),
     gated("bf16", 28672, "silu", "int8 token"),
     gated("bf16", 28672, "silu", "fp8 token"),
     gated("bf16", 28672, "silu", "fp8 group"),
     gated("bf16", 6912, "gelu", "fp8 group"),
+    gated("fp16", 6912, "gelu", STATIC),
     quantize("bf16", 4096, "int8 token"),
     quantize("bf16", 4096, "fp8 token"),
     quantize("bf16", 8192, "fp8 group"),
+    quantize("bf16", 4096, STATIC),
     quantize("fp16", 28672, "int8 token"),
     quantize("bf16", 28672, "fp8 token"),
     rope_write("bf16", 9, 3, 64, "bf16"),

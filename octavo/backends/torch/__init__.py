@@ -189,9 +189,7 @@ class _Loader:
         bias = None
         if biases:
             bias = torch.cat([there.dense(b, self._dtype, self._uploads) for b in biases])
-        return make_product(
-            call, self._forms[names[0]], [self._matrix(name) for name in names], bias
-        )
+        return make_product(call, [self._matrix(name) for name in names], bias)
 
     def _matrix(self, name: str) -> there.Weight:
         self._count(name)

@@ -21,8 +21,25 @@ from torch import Tensor
 
 from octavo.graph import ops as op
 
-QuantizeMode = Literal["int8 token", "fp8 token", "fp8 group"]
-"""One scale a token, or one a group of 128 of its features (the last group may be shorter)."""
+
+@dataclass(frozen=True, slots=True)
+class StaticScale:
+    """Rounding to fp8 by one scale for all tokens, which is known before the step.
+
+    Attributes:
+        scale: a float32 from 2**-126 to 2**126, so that 1 / scale is as exact as it.
+    """
+
+    scale: float
+
+    def __str__(self) -> str:
+        """Without the number, as the other modes are named."""
+        return "fp8 static"
+
+
+QuantizeMode = Literal["int8 token", "fp8 token", "fp8 group"] | StaticScale
+"""One scale a token, one a group of 128 of its features (the last may be shorter), or a given one.
+"""
 QUANTIZE_GROUP = 128
 
 
@@ -76,12 +93,15 @@ class Quantized(NamedTuple):
     is float8_e4m3fn: scale = max|x| / 448, code = x * (448 / max|x|) rounded to nearest even; a
     group whose max|x| is below 2**-119 (448 over less is infinite) is zeros with scale 0. NaN or
     infinity make a NaN of the scale.
+
+    With a StaticScale, code = x * (1 / scale), both operations in float32, at most 448 and at least
+    -448 (infinity too), rounded to nearest even; NaN makes a NaN of its own code.
     """
 
     codes: Tensor
     """[T, features] int8 or float8_e4m3fn."""
     scales: Tensor
-    """float32 [T, 1], or [T, ceil(features / 128)]."""
+    """float32 [T, 1], equal ones of a StaticScale, or [T, ceil(features / 128)]."""
 
 
 class Normed(NamedTuple):

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from octavo.backends.torch.kernels import Activation, QuantizeMode
+from octavo.backends.torch.kernels import Activation, QuantizeMode, StaticScale
 from octavo.errors import ConfigError
 from octavo.graph import ops as op
 from octavo.graph.trace import Graph, Node
@@ -59,6 +59,7 @@ class LinearCall:
     operators: tuple[op.Linear, ...]
     x: int
     outs: tuple[int, ...]
+    quantize: QuantizeMode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ class Form:
     """What decides how a matrix is multiplied.
 
     Attributes:
-        kind: matrices of equal kind can be concatenated.
+        kind: matrices of equal kind can be concatenated, and their inputs are rounded alike but for
+            the number of a StaticScale.
         quantize: how the product's input is rounded; None: not at all.
     """
 
@@ -214,7 +216,8 @@ class _Lowering:
         ]
         operators = tuple(n.operator for n in same if isinstance(n.operator, op.Linear))
         outs = tuple(n.output for n in same)
-        self.calls.append(LinearCall(operators, node.inputs[0], outs))
+        mode = _joint([self.form_of(operator.weight).quantize for operator in operators])
+        self.calls.append(LinearCall(operators, node.inputs[0], outs, mode))
         self.done.update(outs)
 
     def _kind(self, operator: op.Linear) -> tuple[object, ...]:
@@ -242,9 +245,7 @@ class _Lowering:
         """The calls, with norms and activations that round for the products that read them."""
         wanted: dict[int, set[QuantizeMode | None]] = defaultdict(set)
         for call in self.calls:
-            mode = None
-            if isinstance(call, LinearCall):
-                mode = self.form_of(call.operators[0].weight).quantize
+            mode = call.quantize if isinstance(call, LinearCall) else None
             for value in reads(call):
                 wanted[value].add(mode)
         for value in self.graph.outputs.values():
@@ -262,6 +263,16 @@ class _Lowering:
 def last_reads(calls: tuple[Call, ...]) -> Mapping[int, int]:
     """Value → the number of the call that reads it last."""
     return {value: number for number, call in enumerate(calls) for value in reads(call)}
+
+
+def _joint(modes: list[QuantizeMode | None]) -> QuantizeMode | None:
+    """How the one input of matrices of equal kind is rounded.
+
+    Their inputs were the same when their scales were measured, so scales differ little if at all;
+    by the greatest one nothing is cut off that another had room for.
+    """
+    scales = [mode.scale for mode in modes if isinstance(mode, StaticScale)]
+    return StaticScale(max(scales)) if scales else modes[0]
 
 
 def _pair(node: Node) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from octavo.backends.torch.kernels import (
     Quantized,
     QuantizedWeight,
     QuantizeMode,
+    StaticScale,
 )
 from octavo.backends.torch.lowering import Form, LinearCall
 from octavo.backends.torch.uploads import Uploads
@@ -86,7 +87,9 @@ def form_of(name: str, tensor: StoredTensor, rounding: str | None, has_fp8: bool
         has_minimums = tensor.minimums is not None
         return Form(("grouped", bits, tensor.codes.zero, tensor.group, has_minimums))
     if isinstance(tensor, BlockFloatTensor) and has_fp8 and there.can_pack_fp8(tensor):
-        if tensor.scales.shape[1] == 1 and tensor.block[1] > there.BLOCK:
+        if there.has_row_scales(tensor):
+            if tensor.input_scale is not None:
+                return Form(("fp8 static",), StaticScale(tensor.input_scale))
             return Form(("fp8",), "fp8 token")
         # Only whole blocks can be joined.
         whole = "" if tensor.shape[0] % there.BLOCK == 0 else name
@@ -97,16 +100,11 @@ def form_of(name: str, tensor: StoredTensor, rounding: str | None, has_fp8: bool
     return Form(("dense", rounding))
 
 
-def make_product(
-    call: LinearCall,
-    form: Form,
-    weights: Sequence[there.Weight],
-    bias: Tensor | None,
-) -> Product:
+def make_product(call: LinearCall, weights: Sequence[there.Weight], bias: Tensor | None) -> Product:
     """Join the weights of a product, which are on the device."""
     sizes = tuple(operator.out_features for operator in call.operators)
     weight = weights[0] if len(weights) == 1 else there.concat(weights)
-    return Product(weight, bias, sizes, form.quantize)
+    return Product(weight, bias, sizes, call.quantize)
 
 
 def bring(

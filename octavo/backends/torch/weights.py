@@ -158,12 +158,15 @@ def unpack_grouped(weight: GroupedWeight) -> Tensor:
     return groups.flatten(1) * weight.factors[:, None]
 
 
+def has_row_scales(tensor: BlockFloatTensor) -> bool:
+    """Whether a scale is of a row or of the whole."""
+    rows, columns = tensor.shape
+    return tensor.scales.shape in ((1, 1), (rows, 1)) and tensor.block[1] >= columns
+
+
 def can_pack_fp8(tensor: BlockFloatTensor) -> bool:
     """Whether its blocks are rows, the whole, or 128 by 128: what products with codes know."""
-    rows, columns = tensor.shape
-    return (
-        tensor.scales.shape in ((1, 1), (rows, 1)) and tensor.block[1] >= columns
-    ) or tensor.block == (BLOCK, BLOCK)
+    return has_row_scales(tensor) or tensor.block == (BLOCK, BLOCK)
 
 
 def pack_fp8(tensor: BlockFloatTensor, uploads: Uploads) -> QuantizedWeight:

@@ -14,12 +14,14 @@ from octavo.backends import torch as backend
 from octavo.backends.program import CompileOptions, DeviceOptions, Program
 from octavo.backends.torch.arrays import Staging, put_step
 from octavo.backends.torch.graphs import pad_decode
-from octavo.backends.torch.lowering import Form, LinearCall, NormCall, lower
+from octavo.backends.torch.kernels import QuantizeMode, StaticScale
+from octavo.backends.torch.lowering import Form, GatedCall, LinearCall, NormCall, lower
 from octavo.backends.torch.memory import steps_to_load
+from octavo.backends.torch.products import form_of
 from octavo.backends.torch.program import TorchProgram
 from octavo.errors import ConfigError, KernelError
 from octavo.graph.batch import Batch
-from octavo.graph.tensors import DenseTensor, StoredTensor
+from octavo.graph.tensors import BlockFloatTensor, DenseTensor, StoredTensor
 from octavo.graph.trace import CacheDtype, Graph, Ops
 from octavo.models.llama import llama
 from octavo.models.llama_config import LlamaConfig
@@ -161,6 +163,44 @@ def test_weights_rounded_while_loading(
         assert bound**2 / 50 < error < bound**2
 
 
+def in_fp8(weights: dict[str, StoredTensor], scales: dict[str, float]) -> dict[str, StoredTensor]:
+    """With layers in FP8 by rows, and input scales by the last part of a module's name."""
+    stored = dict(weights)
+    for name, weight in weights.items():
+        module = name.split(".")[-2]
+        if module.endswith("_proj") and name.endswith(".weight"):
+            values = torch.from_numpy(weight.dequantize())
+            by_row = values.abs().amax(1, keepdim=True) / 448
+            codes = (values / by_row).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+            block = (1, values.shape[1])
+            scale = scales.get(module)
+            stored[name] = BlockFloatTensor(codes, by_row.numpy(), block, scale)
+    return stored
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_static_scales_in_both_tables(
+    kit: Any, graph: Graph, weights: dict[str, StoredTensor], deterministic: bool
+) -> None:
+    """Whether the plain one is right, tests/oracle/test_quantized_folders.py knows."""
+    names = {name.split(".")[-2] for name in graph.weights if name.endswith("_proj.weight")}
+    scales = {name: 0.01 + 0.002 * number for number, name in enumerate(sorted(names))}
+
+    def logits(scales: dict[str, float], table: Table) -> np.ndarray:
+        chosen = options(kernels=table, deterministic=deterministic)
+        program = backend.compile(graph, in_fp8(weights, scales), chosen)
+        return np.concatenate(logits_of(program, steps(kit)))
+
+    plain, triton, rounded_by_token = (
+        logits(scales, "plain"),
+        logits(scales, "triton"),
+        logits({}, "plain"),
+    )
+    size = np.square(plain).mean()
+    assert np.square(triton - plain).mean() < 0.05**2 * size
+    assert np.square(rounded_by_token - plain).mean() > 0.15**2 * size
+
+
 @pytest.mark.parametrize("table", ["plain", "triton"])
 def test_rows_that_pad_a_step_change_nothing(
     kit: Any, graph: Graph, weights: dict[str, StoredTensor], table: Table
@@ -247,6 +287,50 @@ def test_norms_round_for_the_products_that_follow(graph: Graph) -> None:
     norms = [call for call in lower(graph, form) if isinstance(call, NormCall)]
     assert [norm.quantize for norm in norms[:-1]] == ["fp8 token"] * 2
     assert norms[-1].quantize is None, "the head, and the output named hidden, want numbers"
+
+
+def test_what_is_joined_is_rounded_by_the_greatest_scale(graph: Graph) -> None:
+    scales = {"q_proj": 0.1, "k_proj": 0.3, "v_proj": 0.2, "gate_proj": 0.5, "up_proj": 0.4}
+
+    def form(name: str) -> Form:
+        scale = scales.get(name.split(".")[-2], 0.6)
+        return Form(("dense",)) if "lm_head" in name else Form(("codes",), StaticScale(scale))
+
+    calls = lower(graph, form)
+    products = [call.quantize for call in calls if isinstance(call, LinearCall)]
+    norms = [call.quantize for call in calls if isinstance(call, NormCall)]
+    gates = [call.quantize for call in calls if isinstance(call, GatedCall)]
+    assert products == [*map(StaticScale, (0.3, 0.6, 0.5, 0.6)), None]
+    assert norms == [StaticScale(0.3), StaticScale(0.5), None]
+    assert gates == [StaticScale(0.6)]
+
+
+@pytest.mark.parametrize("other", ["fp8 token", StaticScale(0.2)])
+def test_a_norm_rounds_in_one_way_only(graph: Graph, other: QuantizeMode) -> None:
+    def form(name: str) -> Form:
+        if "v_proj" in name:
+            return Form(("other",), other)
+        return Form(("codes",), StaticScale(0.1))
+
+    calls = lower(graph, form)
+    products = [call.quantize for call in calls if isinstance(call, LinearCall)]
+    norms = [call.quantize for call in calls if isinstance(call, NormCall)]
+    assert products[:3] == [StaticScale(0.1), other, StaticScale(0.1)]
+    assert norms[:2] == [None, StaticScale(0.1)]
+
+
+def test_which_weights_have_static_scales() -> None:
+    def form(block: tuple[int, int], scale: float | None, has_fp8: bool = True) -> Form:
+        grid = (-(-256 // block[0]), -(-384 // block[1]))
+        codes, scales = np.zeros((256, 384), np.uint8), np.ones(grid, np.float32)
+        return form_of("a", BlockFloatTensor(codes, scales, block, scale), None, has_fp8)
+
+    for block in ((256, 384), (1, 384)):
+        assert form(block, 0.5).quantize == StaticScale(0.5)
+        assert form(block, 0.5).kind == form(block, 0.25).kind != form(block, None).kind
+        assert form(block, None).quantize == "fp8 token"
+        assert form(block, 0.5, has_fp8=False).quantize is None
+    assert form((128, 128), 0.5).quantize == "fp8 group"
 
 
 def test_weights_of_two_kinds_are_not_joined(graph: Graph) -> None:

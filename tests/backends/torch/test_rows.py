@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.backends.reference import operators
-from octavo.backends.torch.kernels import Normed, Quantized, QuantizeMode
+from octavo.backends.torch.kernels import Normed, Quantized, QuantizeMode, StaticScale
 from octavo.backends.torch.plain import rows as plain
 from octavo.backends.torch.triton.gated import gated
 from octavo.backends.torch.triton.quantize import quantize
@@ -21,7 +21,9 @@ from octavo.backends.torch.triton.rms_norm import rms_norm
 from octavo.graph.batch import Float32
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODES: tuple[QuantizeMode, ...] = ("int8 token", "fp8 token", "fp8 group")
+MEASURED: tuple[QuantizeMode, ...] = ("int8 token", "fp8 token", "fp8 group")
+"""Modes whose scales are made of x."""
+MODES: tuple[QuantizeMode, ...] = (*MEASURED, StaticScale(0.0078125), StaticScale(0.3))
 NAN, INF = math.nan, math.inf
 
 # Triton's interpreter computes with numpy, which warns of what is not finite.
@@ -78,6 +80,10 @@ def nearest_fp8(x: Float32) -> Float32:
 
 def expected_codes(x: Float32, mode: QuantizeMode) -> tuple[Float32, Float32]:
     """Codes [T, F] in float32 and scales [T, groups], for finite x."""
+    if isinstance(mode, StaticScale):
+        scale = np.float32(mode.scale)
+        scaled = np.clip(x * (np.float32(1) / scale), -448, 448)
+        return nearest_fp8(scaled), np.full((len(x), 1), scale)
     group = 128 if mode == "fp8 group" else x.shape[1]
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % group)))
     if mode == "int8 token":
@@ -207,7 +213,7 @@ def test_quantize(
     np.testing.assert_array_equal(got.scales.numpy(), scales)
 
 
-@pytest.mark.parametrize("mode", [None, "fp8 group"])
+@pytest.mark.parametrize("mode", [None, "fp8 group", StaticScale(0.011)])
 def test_rows_of_several_tiles(
     rows: Rows, rng: np.random.Generator, mode: QuantizeMode | None
 ) -> None:
@@ -254,7 +260,7 @@ def test_fp8_rounds_halves_to_even(rows: Rows, mode: QuantizeMode) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MEASURED)
 def test_scales_at_the_ends(rows: Rows, dtype: torch.dtype, mode: QuantizeMode) -> None:
     x = torch.zeros(7, 96, dtype=dtype)
     least = 2.0 ** (-120 if mode == "int8 token" else -119)
@@ -277,6 +283,52 @@ def test_scales_at_the_ends(rows: Rows, dtype: torch.dtype, mode: QuantizeMode) 
     assert (codes[:2] == 0).all()
     assert codes[2, 5] == most and codes[6, 7] == -most
     assert codes[2].abs().sum() == most and codes[6].abs().sum() == most
+
+
+def test_codes_of_a_static_scale_at_the_ends(rows: Rows) -> None:
+    x = torch.tensor(
+        [[100.0, 111.99, 112.0, 113.0, 1e38, INF, -INF, NAN, -0.0, 2.0**-11, 2.0**-12]]
+    )
+
+    got = rows.quantize(x.repeat(3, 1), StaticScale(0.25))
+
+    assert got.scales.tolist() == [[0.25]] * 3
+    expected = [384.0, 448.0, 448.0, 448.0, 448.0, 448.0, -448.0, NAN, -0.0, 2.0**-9, 0.0]
+    for codes in got.codes.float().numpy():
+        np.testing.assert_array_equal(codes, expected)
+        assert np.signbit(codes[8])
+
+
+@pytest.mark.parametrize("scale", [2.0**-126, 3.4e-7, 0.1, 12345.6, 2.0**126])
+def test_every_static_scale_is_a_product_with_its_reciprocal(
+    rows: Rows, rng: np.random.Generator, scale: float
+) -> None:
+    """Division, or a reciprocal in float64, puts some of these on the other side of a half."""
+    mode = StaticScale(float(np.float32(scale)))
+    halves = (e4m3fn()[1:] + e4m3fn()[:-1]) / 2
+    x = rng.choice(halves, (64, 61)).astype(np.float32) * np.float32(scale)
+
+    got = rows.quantize(torch.from_numpy(x), mode)
+
+    codes, scales = expected_codes(x, mode)
+    np.testing.assert_array_equal(got.codes.float().numpy(), codes)
+    np.testing.assert_array_equal(got.scales.numpy(), scales)
+
+
+def test_nan_of_a_static_scale_stays_one(rows: Rows) -> None:
+    x = torch.ones(3, 40)
+    x[1, 7] = NAN
+
+    codes = (
+        rows.quantize(x, StaticScale(0.1)).codes,
+        rows.gated(x, x, "silu", StaticScale(0.1)).codes,
+        rows.rms_norm(x, torch.ones(40), 1e-5, None, StaticScale(0.1)).values.codes,
+    )
+
+    for number, got in enumerate(codes):
+        expected = torch.zeros(3, 40, dtype=torch.bool)
+        expected[1, slice(None) if number == 2 else 7] = True
+        assert torch.equal(got.float().isnan(), expected)
 
 
 def test_nan_spoils_its_own_group_only(rows: Rows) -> None:
@@ -317,3 +369,4 @@ def test_no_rows(rows: Rows) -> None:
     assert normed.values.codes.shape == (0, 200) and normed.values.scales.shape == (0, 2)
     assert rows.gated(x, x, "silu", None).shape == (0, 200)
     assert rows.quantize(x, "int8 token").scales.shape == (0, 1)
+    assert rows.quantize(x, StaticScale(0.5)).scales.shape == (0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo.backends.torch.kernels import Activation, Quantized, QuantizeMode
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.quantize import Tile, empty_codes, store_codes
+from octavo.backends.torch.triton.quantize import Tile, empty_codes, given_scale, store_codes
 
 
 @triton.jit
@@ -21,6 +21,7 @@ def gated_kernel(
     up,
     out,
     scales,
+    given,
     gate_stride,
     up_stride,
     FEATURES: tl.constexpr,
@@ -28,9 +29,9 @@ def gated_kernel(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One tile of a row. `out` takes codes where there are scales."""
+    """One tile of a row. `out` takes codes where there are scales; `given` as of store_codes."""
     tiles: tl.constexpr = (FEATURES + GROUPS * WIDTH - 1) // (GROUPS * WIDTH)
-    num_groups: tl.constexpr = (FEATURES + WIDTH - 1) // WIDTH
+    num_groups: tl.constexpr = 1 if given is not None else (FEATURES + WIDTH - 1) // WIDTH
     row = (tl.program_id(0) // tiles).to(tl.int64)
     group = (tl.program_id(0) % tiles) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -40,12 +41,12 @@ def gated_kernel(
     # gelu(x) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x³).
     exponent = 1.5957691216057308 * (x + 0.044715 * x * x * x) if GELU else x
     values = x / (1.0 + tl.exp(-exponent)) * factor
+    out += row * FEATURES
     if scales is not None:
-        store_codes(
-            values, out + row * FEATURES, scales + row * num_groups, column, mask, group, num_groups
-        )
+        scales += row * num_groups
+        store_codes(values, out, scales, given, column, mask, group, num_groups)
     else:
-        tl.store(out + row * FEATURES + column, values.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + column, values.to(out.dtype.element_ty), mask=mask)
 
 
 def gated(
@@ -66,6 +67,7 @@ def gated(
             up,
             out,
             scales,
+            given_scale(mode),
             gate.stride(0),
             up.stride(0),
             FEATURES=features,

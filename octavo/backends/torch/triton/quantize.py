@@ -1,6 +1,7 @@
 """Rounding of activations to int8 or fp8 codes.
 
-A row is cut into tiles of whole groups, a program each; one group of a whole row is one tile.
+A row is cut into tiles of whole groups, a program each; one group of a whole row is one tile. With
+a static scale there is nothing to find out before, so tiles are as of rows that are not rounded.
 Memory is the limit: 3 bytes a 16-bit feature.
 """
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.kernels import QUANTIZE_GROUP, Quantized, QuantizeMode
+from octavo.backends.torch.kernels import QUANTIZE_GROUP, Quantized, QuantizeMode, StaticScale
 from octavo.backends.torch.triton.launch import FP_FUSION
 
 _TILE = 2048
@@ -33,7 +34,8 @@ class Tile(NamedTuple):
             most = triton.next_power_of_2(triton.cdiv(features, QUANTIZE_GROUP))
             return cls(min(most, _TILE // QUANTIZE_GROUP), QUANTIZE_GROUP)
         whole = triton.next_power_of_2(features)
-        return cls(1, whole if mode else min(whole, _TILE))
+        is_cut = mode is None or isinstance(mode, StaticScale)
+        return cls(1, min(whole, _TILE) if is_cut else whole)
 
     def count(self, features: int) -> int:
         """Tiles a row."""
@@ -49,6 +51,11 @@ class Tile(NamedTuple):
 def warps_of(elements: int) -> int:
     """Warps for a tile of a power of two of elements."""
     return min(max(elements // 512, 1), 16)
+
+
+def given_scale(mode: QuantizeMode | None) -> float | None:
+    """What kernels take as `given`."""
+    return mode.scale if isinstance(mode, StaticScale) else None
 
 
 def empty_codes(x: Tensor, mode: QuantizeMode) -> Quantized:
@@ -97,11 +104,21 @@ def encode(scaled, INT8: tl.constexpr):
 
 
 @triton.jit
-def store_codes(values, codes, scales, column, mask, group, num_groups: tl.constexpr):
-    """Round float32 [groups, width] and write codes and scales of one row."""
+def store_codes(values, codes, scales, given, column, mask, group, num_groups: tl.constexpr):
+    """Round float32 [groups, width] and write codes and scales of one row.
+
+    By the scale `given` for all, unless it is None; num_groups is then 1.
+    """
     int8: tl.constexpr = codes.dtype.element_ty.is_int8()
-    scale, factor = scale_of(tl.max(bits_of_size(values), axis=1), int8)
-    tl.store(codes + column, encode(values * factor[:, None], int8), mask=mask)
+    if given is not None:
+        scale = tl.full(group.shape, given, tl.float32)
+        scaled = values * tl.div_rn(1.0, given)
+        # Conversions of what is beyond 448 differ: NaN on some devices, 448 on others.
+        scaled = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        scale, factor = scale_of(tl.max(bits_of_size(values), axis=1), int8)
+        scaled = values * factor[:, None]
+    tl.store(codes + column, encode(scaled, int8), mask=mask)
     tl.store(scales + group, scale, mask=group < num_groups)
 
 
@@ -110,6 +127,7 @@ def quantize_kernel(
     x,
     codes,
     scales,
+    given,
     stride,
     FEATURES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -118,15 +136,15 @@ def quantize_kernel(
     """One tile of a row."""
     # Not tl.cdiv, whose result is no constant that a function takes before Triton 3.7.
     tiles: tl.constexpr = (FEATURES + GROUPS * WIDTH - 1) // (GROUPS * WIDTH)
-    num_groups: tl.constexpr = (FEATURES + WIDTH - 1) // WIDTH
+    num_groups: tl.constexpr = 1 if given is not None else (FEATURES + WIDTH - 1) // WIDTH
     row = (tl.program_id(0) // tiles).to(tl.int64)
     group = (tl.program_id(0) % tiles) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     mask = column < FEATURES
     values = tl.load(x + row * stride + column, mask=mask, other=0).to(tl.float32)
-    store_codes(
-        values, codes + row * FEATURES, scales + row * num_groups, column, mask, group, num_groups
-    )
+    codes += row * FEATURES
+    scales += row * num_groups
+    store_codes(values, codes, scales, given, column, mask, group, num_groups)
 
 
 def quantize(x: Tensor, mode: QuantizeMode) -> Quantized:
@@ -139,6 +157,7 @@ def quantize(x: Tensor, mode: QuantizeMode) -> Quantized:
             x,
             out.codes,
             out.scales,
+            given_scale(mode),
             x.stride(0),
             FEATURES=features,
             GROUPS=tile.groups,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.backends.torch.kernels import QUANTIZE_GROUP, Normed, QuantizeMode
 from octavo.backends.torch.triton.launch import FP_FUSION
-from octavo.backends.torch.triton.quantize import empty_codes, store_codes, warps_of
+from octavo.backends.torch.triton.quantize import empty_codes, given_scale, store_codes, warps_of
 
 _TILE = 1024
 """Features of a program that has several heads."""
@@ -29,6 +29,7 @@ def rms_norm_kernel(
     total,
     out,
     scales,
+    given,
     num_rows,
     x_stride,
     residual_stride,
@@ -38,7 +39,10 @@ def rms_norm_kernel(
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row as LINES of WIDTH features, groups of codes if there are scales, or LINES heads."""
+    """One row as LINES of WIDTH features, groups of codes if there are scales, or LINES heads.
+
+    `given` as of store_codes.
+    """
     line = tl.arange(0, LINES)
     column = tl.arange(0, WIDTH)[None, :]
     row = tl.program_id(0).to(tl.int64)
@@ -62,7 +66,8 @@ def rms_norm_kernel(
     start = row * FEATURES
     if scales is not None:
         num_groups: tl.constexpr = (FEATURES + WIDTH - 1) // WIDTH
-        store_codes(values, out + start, scales + row * num_groups, column, mask, line, num_groups)
+        scales += row * num_groups
+        store_codes(values, out + start, scales, given, column, mask, line, num_groups)
     else:
         tl.store(out + start + column, values.to(out.dtype.element_ty), mask=inside)
 
@@ -103,6 +108,7 @@ def rms_norm(
             total,
             out,
             scales,
+            given_scale(mode),
             tokens * heads,
             x.stride(0),
             0 if residual is None else residual.stride(0),
