@@ -33,13 +33,18 @@ def measure_spare_bytes(device: torch.device, run_largest: Callable[[], None]) -
 
 
 def largest_steps(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]]:
-    """Steps that take the most memory: the most tokens of a prompt, and of sequences one each.
+    """Steps that take the most memory: of a prompt, of sequences with one token each, of both.
 
-    How much that is the widths of block tables decide, not how much of them is read.
+    One sequence of single tokens has a context as long as can be, for which memory is there as if
+    all had; the others read little.
     """
-    prompt = min(limits.max_num_tokens, limits.max_model_len)
-    for counts in (np.array([prompt]), np.ones(limits.max_num_rows, np.intp)):
-        batch = empty_step(counts, limits.max_model_len, limits)
+    tokens, longest = min(limits.max_num_tokens, limits.max_model_len), limits.max_model_len
+    ones = np.ones(limits.max_num_rows, np.intp)
+    sizes = [(np.array([tokens]), tokens), (ones, longest)]
+    if len(ones) < tokens:
+        sizes.append((np.append(ones[1:], tokens - len(ones) + 1), longest))
+    for counts, context in sizes:
+        batch = empty_step(counts, context, limits)
         yield batch, sampling_rows(len(batch.logits_rows))
 
 
@@ -58,22 +63,24 @@ def steps_to_load(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]
 
 
 def empty_step(counts: NDArray[np.intp], context: int, limits: CompileOptions) -> Batch:
-    """A step of new sequences that write nothing, with as many sampled rows as there may be.
+    """A step of sequences that write nothing, with as many sampled rows as there may be.
 
     Args:
         counts: tokens of each sequence.
-        context: tokens that their block tables have room for, all in block 0.
+        context: tokens of the first sequence, these included, all in block 0; others are new.
         limits: the sizes that the Program is made for.
     """
     num_tokens = int(counts.sum())
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    begins = np.repeat(starts[:-1], counts)
+    seq_lens = counts.astype(np.int32)
+    seq_lens[0] = context
+    offsets = np.repeat(seq_lens - counts - starts[:-1], counts)
     width = -(-context // limits.block_size)
     return Batch(
         token_ids=np.zeros(num_tokens, np.int32),
-        positions=(np.arange(num_tokens, dtype=np.int32) - begins)[None],
+        positions=(offsets + np.arange(num_tokens)).astype(np.int32)[None],
         query_start_loc=starts,
-        seq_lens=counts.astype(np.int32),
+        seq_lens=seq_lens,
         block_tables=(np.zeros((len(counts), width), np.int32),),
         slot_mapping=(np.full(num_tokens, -1, np.int32),),
         logits_rows=np.arange(min(num_tokens, limits.max_num_rows), dtype=np.int32),
