@@ -1,11 +1,13 @@
 """Makes an 8B model of dummy weights and computes one token; part E of run.py times it.
 
 `python first_token.py DEVICE QUICK` prints the time of day, in seconds, after its imports, with the
-weights on the device, with the cache allocated, and with the first token.
+weights on the device, with the cache allocated, and with the first token. What is slow writes where
+it stands to standard error.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
 from pathlib import Path
@@ -21,10 +23,12 @@ from parts.machine import Setup, synchronize  # noqa: E402
 from parts.steps import sampling_rows, step_of  # noqa: E402
 
 PROMPT = 64
+SLOW_SECONDS = 25
 
 
 def main() -> None:
     """Print the times."""
+    faulthandler.dump_traceback_later(SLOW_SECONDS)
     setup = Setup(torch.device(sys.argv[1]), quick=sys.argv[2] == "1")
     times = [time.time()]
     model = dummy.make(setup, dummy.shape_of("Llama-3.1-8B", setup), max_num_tokens=2048)

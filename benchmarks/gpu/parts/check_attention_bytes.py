@@ -30,8 +30,8 @@ STEPS: tuple[Parts, ...] = (
 QUICK: tuple[Parts, ...] = (((0, 69, 1),), ((1, 3, 2), (0, 30, 3)), ((0, 20, 40), (1, 0, 9)))
 
 
-def run(setup: Setup, recorder: Recorder) -> None:
-    """For shapes and caches, with and without a window."""
+def run(setup: Setup, recorder: Recorder, first: int, of: int) -> None:
+    """Every `of`-th case: shapes and caches, with and without a window."""
     checks = Checks(setup, recorder, "Bytes of attention, deterministic")
     kernels = choose_kernels(setup.table, setup.device)
     llama = operator_of(4, 2, 16) if setup.quick else operator_of(32, 8, 128)
@@ -41,12 +41,12 @@ def run(setup: Setup, recorder: Recorder) -> None:
         shapes = ((32, 32, 128), (64, 8, 128), (14, 2, 64), (4, 1, 256))
         cases += [(operator_of(*shape), BF16, F16) for shape in shapes]
     cases.append((replace(llama, window=200, soft_cap=3.0), BF16, F16))
-    for operator, dtype, cached in cases:
+    for operator, dtype, cached in cases[first::of]:
         name = f"{operator.num_heads}/{operator.num_kv_heads} heads of {operator.head_dim}, "
         name += f"{NAMES[dtype]}, cache {NAMES[cached]}"
         name += f", window {operator.window}" if operator.window else ""
         checks.add(name, lambda o=operator, d=dtype, c=cached: bytes_of(setup, kernels, o, d, c))
-    for deterministic in (False, True):
+    for deterministic in (False, True)[first::of]:
         checks.add(
             f"nothing before a window is read, deterministic {deterministic}",
             lambda d=deterministic: hidden(setup, kernels, llama, d),

@@ -25,6 +25,8 @@ SHAPES: tuple[Shape, ...] = (
     (300, 1024, 4096),
 )
 QUICK: tuple[Shape, ...] = ((1, 33, 64), (19, 40, 144))
+PREFILL: Shape = (130, 1024, 4096)
+"""In bfloat16 it goes to torch's product of FP8 (see triton/quantized_linear.py)."""
 COUNTS = (1, 2, 16, 17, 64, 65, 129)
 MODES: tuple[tuple[weights.WeightMode, str], ...] = (
     ("int8 row", "int8 token"),
@@ -37,29 +39,31 @@ GROUPED = (  # bits, columns a group, minimums
 
 
 def run(setup: Setup, recorder: Recorder, kind: str) -> None:
-    """Weights of one kind, "dense", "grouped" or "quantized"; then the bytes of rows alone."""
+    """Weights of one kind of those in `cases`; then the bytes of rows alone."""
     checks = Checks(setup, recorder, "Products")
     kernels = choose_kernels(setup.table, setup.device)
     for name, case in cases(setup, kernels)[kind].items():
         checks.add(name, case)
     rows = Checks(setup, recorder, "Bytes of products, deterministic")
-    for name, product in products(setup, kernels)[kind].items():
+    for name, product in products(setup, kernels).get(kind, {}).items():
         rows.add(name, lambda p=product: alone(setup, p))
 
 
 def cases(setup: Setup, kernels: Kernels) -> dict[str, dict[str, Callable[[], float]]]:
-    """What is checked, by kind and name."""
-    found: dict[str, dict[str, Callable[[], float]]] = {"grouped": {}}
+    """What is checked, by kind and name; each of GROUPED is a kind, which compiles for long."""
+    found: dict[str, dict[str, Callable[[], float]]] = {}
     found["dense"] = {
         f"matmul and linear {NAMES[dtype]}": lambda d=dtype: dense(setup, kernels, d)
         for dtype in (BF16, F16, F32)
     }
-    for kind in GROUPED:
-        for dtype in (BF16, F32) if kind == GROUPED[0] else (BF16,):
-            name = f"{kind[0]} bits, groups of {kind[1]}, {'' if kind[2] else 'no '}minimums"
-            found["grouped"][f"grouped_linear {NAMES[dtype]}, {name}"] = lambda k=kind, d=dtype: (
-                grouped(setup, kernels, k, d)
+    for number, kind in enumerate(GROUPED, 1):
+        name = f"{kind[0]} bits, groups of {kind[1]}, {'' if kind[2] else 'no '}minimums"
+        found[f"grouped {number}"] = {
+            f"grouped_linear {NAMES[dtype]}, {name}": lambda k=kind, d=dtype: grouped(
+                setup, kernels, k, d
             )
+            for dtype in ((BF16, F32) if number == 1 else (BF16,))
+        }
     found["quantized"] = {
         f"quantized_linear {weight_mode}": lambda w=weight_mode, i=input_mode: quantized(
             setup, kernels, w, i
@@ -151,13 +155,15 @@ def quantized(
     """Both modes; the tensor cores keep fewer bits of sums of FP8."""
     worst = 0.0
     sums = 2.0**-20 if weight_mode == "int8 row" else 2.0**-13
-    for number, (tokens, n, k) in enumerate(shapes(setup)):
+    sizes = [(*shape, (BF16, F16, F32)[n % 3], n % 2 > 0) for n, shape in enumerate(shapes(setup))]
+    prefill = (67, 48, 64) if setup.quick else PREFILL
+    sizes += [(*prefill, BF16, has_bias) for has_bias in (False, True)]
+    for tokens, n, k, dtype, has_bias in sizes:
         k = -(-k // 16) * 16
         weight = weights.quantize_dense(random(setup, n, k, F32, 2), weight_mode)
         x = PLAIN.quantize(random(setup, tokens, k, F32), input_mode)  # type: ignore[arg-type]
         exact = meaning(x, k)
-        dtype = (BF16, F16, F32)[number % 3]
-        bias = random(setup, 1, n, dtype, 3)[0].contiguous() if number % 2 else None
+        bias = random(setup, 1, n, dtype, 3)[0].contiguous() if has_bias else None
         for deterministic in (False, True):
             actual = kernels.quantized_linear(x, weight, bias, dtype, deterministic)
             error = product_error(actual, exact, weights.dequantize(weight), bias, sums)
@@ -196,9 +202,8 @@ def products(setup: Setup, kernels: Kernels) -> dict[str, dict[str, Product]]:
 
     return {
         "dense": {"matmul": lambda x: kernels.matmul(x, matrix, None)},
-        "grouped": {
-            f"grouped_linear, {kind[0]} bits": grouped_of(kind) for kind in (GROUPED[0], GROUPED[4])
-        },
+        "grouped 1": {"grouped_linear, 4 bits": grouped_of(GROUPED[0])},
+        "grouped 5": {"grouped_linear, 8 bits": grouped_of(GROUPED[4])},
         "quantized": {f"quantized_linear, {w}": quantized_of(w, i) for w, i in MODES},
     }
 

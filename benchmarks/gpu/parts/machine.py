@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 Function = Callable[[], Any]
+MILLISECOND = 2_000_000
+"""About as long in cycles of the device; see `device_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +95,17 @@ def wall_seconds(function: Function, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def device_seconds(function: Function, device: torch.device, head_start: bool = False) -> float:
+def device_seconds(function: Function, device: torch.device, head_start: int = 0) -> float:
     """Time of the device's work in one call; with a head start, without waiting for the host.
 
-    The head start is work that keeps the device busy while the host calls `function`.
+    The head start is how many cycles the device is kept busy while the host calls `function`.
     """
     if device.type != "cuda":
         return wall_seconds(function, device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     if head_start:
-        torch.cuda._sleep(300_000_000)  # cycles: 0.15 s
+        torch.cuda._sleep(head_start)
     first.record()
     function()
     last.record()
@@ -140,7 +142,7 @@ def captured_seconds(
     with torch.cuda.graph(graph):
         all_of_them()
     graph.replay()
-    times = [device_seconds(graph.replay, device) for _ in range(repeats)]
+    times = [device_seconds(graph.replay, device, MILLISECOND) for _ in range(repeats)]
     del graph
     return min(times) / len(functions)
 
@@ -184,4 +186,7 @@ def describe(setup: Setup) -> dict[str, str]:
         facts = torch.cuda.get_device_properties(setup.device)
         about["device"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
         about["free before"] = f"{free_bytes(setup.device) / 2**30:.0f} GiB"
+        about["CUDA of torch"] = str(torch.version.cuda)
+        reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        about["bf16 sums of products in reduced precision"] = str(reduced)
     return about

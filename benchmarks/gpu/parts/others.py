@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from parts.paging import title_of, workload_of
 from parts.record import Recorder
 from parts.serving import Request
 
-OTHER_STEPS = 48
-"""Tokens that it generates for each request of a batch."""
+FEW, MANY = 2, 48
+"""Tokens that it generates for each request; the difference is that of decode steps alone."""
 OTHER_BATCH = 32
 
 
@@ -31,26 +32,26 @@ def run(setup: Setup, recorder: Recorder, name: str) -> None:
         recorder.add(title, "transformers", {"left out": "not installed, or no GPU"})
         return
     try:
-        seconds = transformers_seconds(setup, config, requests)
+        first, step = transformers_seconds(setup, config, requests)
     except Exception as error:
         recorder.add(title, "transformers", {"left out": f"{type(error).__name__}: {error}"[:200]})
         return
     outputs = [request.output for request in requests]
-    useful = sum(outputs) / (len(outputs) * max(outputs))
-    rate = len(requests) * OTHER_STEPS / seconds
     cells = {
-        "tok/s of answers": rate * useful,
-        "tokens": len(requests) * OTHER_STEPS,
-        "steps": OTHER_STEPS,
+        "tok/s of answers": sum(outputs) / (first + (max(outputs) - FEW) * step),
+        "tokens": sum(outputs),
+        "steps": max(outputs),
         "mean batch": len(requests),
-        "ms a step": 1e3 * seconds / OTHER_STEPS,
-        "useful part of a static batch": useful,
+        "ms a step": 1e3 * step,
+        "useful part of a static batch": sum(outputs) / (len(outputs) * max(outputs)),
     }
     recorder.add(title, f"transformers, a batch of {len(requests)}", cells)
 
 
-def transformers_seconds(setup: Setup, config: LlamaConfig, requests: list[Request]) -> float:
-    """Time of OTHER_STEPS tokens for each request, prompts padded to the left."""
+def transformers_seconds(
+    setup: Setup, config: LlamaConfig, requests: list[Request]
+) -> tuple[float, float]:
+    """Time of the prompts, padded to the left, with FEW tokens of each; of a further step."""
     library = importlib.import_module("transformers")
     other = library.LlamaConfig(
         vocab_size=config.vocab_size,
@@ -73,9 +74,12 @@ def transformers_seconds(setup: Setup, config: LlamaConfig, requests: list[Reque
     for row, request in zip(mask, requests, strict=True):
         row[longest - request.prompt :] = 1
     with torch.inference_mode():
-        generate(model, ids, mask, 2)
-        seconds = wall_seconds(lambda: generate(model, ids, mask, OTHER_STEPS), setup.device)
-    return seconds
+        generate(model, ids, mask, FEW)
+        few, many = (
+            wall_seconds(partial(generate, model, ids, mask, steps), setup.device)
+            for steps in (FEW, MANY)
+        )
+    return few, (many - few) / (MANY - FEW)
 
 
 def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> None:

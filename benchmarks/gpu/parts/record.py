@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,15 @@ class Recorder:
             with self._file.open("a") as stream:
                 stream.write(json.dumps(asdict(row)) + "\n")
 
+    def attempt(self, table: str, name: str, function: Callable[[], object]) -> None:
+        """Call what adds its rows itself; what it raises becomes a row, and the next may go on."""
+        try:
+            function()
+        except Exception as error:
+            traceback.print_exc(limit=-8, file=sys.stdout)
+            said = f"{type(error).__name__}: {error}"[:300].replace("\n", " ")
+            self.add(table, name, {"raised": said}, ok=False, target="no error")
+
 
 def read_rows(file: Path) -> list[Row]:
     """The rows that a Recorder has written; a last line that was cut is left out."""
@@ -123,12 +134,18 @@ def exit_code(jobs: Iterable[Job]) -> int:
 
 
 def write(out: Path, about: Mapping[str, Any], jobs: list[Job], titles: Mapping[str, str]) -> Path:
-    """Write the report as JSON to `out`, and beside it as Markdown, whose path is returned."""
+    """Write the report as JSON to `out`, and beside it as Markdown, whose path is returned.
+
+    What was there is replaced as a whole: a cut leaves the one or the other.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {"about": dict(about), "jobs": [asdict(job) for job in jobs]}
-    out.write_text(json.dumps(record, indent=1) + "\n")
     beside = out.with_suffix(".md")
-    beside.write_text(markdown(about, jobs, titles))
+    texts = {out: json.dumps(record, indent=1) + "\n", beside: markdown(about, jobs, titles)}
+    for file, text in texts.items():
+        begun = file.with_name(file.name + ".begun")
+        begun.write_text(text)
+        begun.replace(file)
     return beside
 
 

@@ -23,6 +23,9 @@ from octavo.graph.batch import Batch, Int32
 from parts.dummy import BLOCK_SIZE
 from parts.steps import decode_of, sampled_before, sampling_rows, step_of
 
+SAMPLED = 8
+"""Steps of a static batch of which one is computed, once the time is over."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -41,7 +44,7 @@ class Sizes:
         max_len: the longest context.
         max_running: sequences of a step.
         budget: tokens of a step.
-        seconds: after which a run ends.
+        seconds: after which a run ends; static batches then end theirs by samples.
     """
 
     num_blocks: int
@@ -58,13 +61,23 @@ class Sizes:
 
 @dataclass(slots=True)
 class Served:
-    """What a run has done: tokens of answers, and steps."""
+    """What a run has done.
+
+    Attributes:
+        tokens: of answers.
+        steps: computed, or stood for by one that was.
+        sequences: of all steps.
+        preempted: how often a sequence was.
+        seconds: of all steps.
+        measured: of them, those that passed.
+    """
 
     tokens: int = 0
     steps: int = 0
     sequences: int = 0
     preempted: int = 0
     seconds: float = 0.0
+    measured: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -81,35 +94,49 @@ class Pipeline:
         self._program = program
         self._began = time.perf_counter()
         self._end = self._began + seconds
-        self._pending: tuple[PendingOutput, int] | None = None
+        self._last = self._began
+        self._pending: tuple[PendingOutput, int, int] | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether the time is."""
         return time.perf_counter() >= self._end
 
-    def start(self, batch: Batch, useful: int) -> None:
-        """Begin a step that samples `useful` tokens of answers; wait for the one before."""
+    def start(self, batch: Batch, useful: int, times: int = 1) -> None:
+        """Begin a step that stands for so many alike; wait for the one before.
+
+        Args:
+            batch: the step.
+            useful: tokens of answers that all of them sample.
+            times: their number.
+        """
         rows = sampling_rows(len(batch.logits_rows)) if len(batch.logits_rows) else None
         pending = self._program.start(batch, rows)
-        self.served.steps += 1
-        self.served.sequences += len(batch.seq_lens)
+        self.served.steps += times
+        self.served.sequences += times * len(batch.seq_lens)
         self.finish()
-        self._pending = pending, useful
+        self._pending = pending, useful, times
 
     def finish(self) -> None:
         """Wait for the step that is under way."""
         if self._pending is None:
             return
-        pending, useful = self._pending
+        pending, useful, times = self._pending
         self._pending = None
         pending.result()
+        now = time.perf_counter()
         self.served.tokens += useful
-        self.served.seconds = time.perf_counter() - self._began
+        self.served.seconds += times * (now - self._last)
+        self.served.measured = now - self._began
+        self._last = now
 
 
 def static(program: TorchProgram, requests: Iterable[Request], sizes: Sizes) -> Served:
-    """One batch after another, each as large as reservations fit."""
+    """One batch after another, each as large as reservations fit.
+
+    The last one is not cut, or the steps of which few are left would be missing: once the time is
+    over, one step of SAMPLED is computed and stands for the others.
+    """
     pipeline = Pipeline(program, sizes.seconds)
     waiting = iter(requests)
     count = min(sizes.num_blocks // sizes.width, sizes.max_running)
@@ -138,13 +165,14 @@ def _static_batch(pipeline: Pipeline, batch: list[Request], tables: Int32, sizes
         first = last
     pipeline.finish()
     ids = np.ones(len(batch), np.int32)
-    for number in range(1, int(outputs.max())):
-        if pipeline.is_over:
-            return
-        at = np.minimum(prompts + number - 1, sizes.max_len - 1).astype(np.int32)
-        useful = int((outputs > number).sum())
-        pipeline.start(decode_of(tables, at, ids, BLOCK_SIZE), useful)
+    number, most = 1, int(outputs.max())
+    while number < most:
+        times = min(SAMPLED, most - number) if pipeline.is_over else 1
+        at = np.minimum(prompts + number - 1 + times // 2, sizes.max_len - 1).astype(np.int32)
+        useful = int(np.clip(outputs - number, 0, times).sum())
+        pipeline.start(decode_of(tables, at, ids, BLOCK_SIZE), useful, times)
         ids = sampled_before(len(batch))
+        number += times
 
 
 @dataclass(slots=True, eq=False)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from octavo.graph.batch import Int32
 from parts import dummy
 from parts.dummy import BLOCK_SIZE, Dummy, Precision
 from parts.machine import (
+    MILLISECOND,
     Limits,
     Setup,
     device_seconds,
@@ -30,6 +30,8 @@ BATCHES = (1, 8, 32, 128, 256)
 STEPS = 24
 QUEUED = 8
 """Steps that are timed on the device without the host."""
+HEAD_START = 150 * MILLISECOND
+"""In which the host begins them all."""
 ROOM = 4 << 30
 """Bytes that a step takes beside weights and cache."""
 DECODE_SHARE: dict[Precision, float] = {"bf16": 0.75, "fp8": 0.75, "int4": 0.55}
@@ -55,27 +57,18 @@ class Decode:
         return max(0.0, 1 - self.device / self.wall)
 
 
-def run(setup: Setup, recorder: Recorder, models: Sequence[tuple[str, Precision]]) -> None:
-    """Measure each of the models, one after another."""
+def run(setup: Setup, recorder: Recorder, name: str, precision: Precision) -> None:
+    """Measure a model; what it holds is freed with the process."""
     limits = measure_limits(setup)
     report_limits(recorder, limits)
-    for name, precision in models:
-        config = dummy.shape_of(name, setup)
-        title = f"{name} {precision}"
-        if not dummy.fits(setup, config, precision):
-            needed = dummy.estimated_bytes(config, precision) / 2**30
-            recorder.add("Prefill", title, {"left out": f"needs {needed:.0f} GiB for weights"})
-            continue
-        model = dummy.make(setup, config, precision)
-        try:
-            measure(setup, recorder, model, title, precision, limits)
-        except Exception as error:  # The next model may be measured all the same.
-            traceback.print_exc()
-            said = {"raised": f"{type(error).__name__}: {error}"[:300]}
-            recorder.add("Prefill", title, said, ok=False, target="no error")
-        finally:
-            dummy.close(model, setup.device)
-            del model
+    config = dummy.shape_of(name, setup)
+    title = f"{name} {precision}"
+    if not dummy.fits(setup, config, precision):
+        needed = dummy.estimated_bytes(config, precision) / 2**30
+        recorder.add("Prefill", title, {"left out": f"needs {needed:.0f} GiB for weights"})
+        return
+    model = dummy.make(setup, config, precision)
+    measure(setup, recorder, model, (title, precision), limits)
 
 
 def report_limits(recorder: Recorder, limits: Limits) -> None:
@@ -92,11 +85,11 @@ def measure(
     setup: Setup,
     recorder: Recorder,
     model: Dummy,
-    title: str,
-    precision: Precision,
+    case: tuple[str, Precision],
     limits: Limits,
 ) -> None:
-    """Prefill, then decode in each batch size that the cache has room for."""
+    """Prefill, then decode in each batch size, each if the cache has room for it."""
+    title, precision = case
     batches, context, prompt, steps = sizes_of(setup)
     width = width_of(context, steps)
     wanted = 1 + max(-(-prompt // BLOCK_SIZE), width * max(batches))
@@ -106,7 +99,23 @@ def measure(
     dummy.fill_cache(model.program)
     if 1 + -(-prompt // BLOCK_SIZE) > num_blocks:
         recorder.add("Prefill", title, {"left out": "no room for its cache"})
-        return
+    else:
+        prefill = partial(report_prefill, setup, recorder, model, title, limits)
+        recorder.attempt("Prefill", title, prefill)
+    for batch in batches:
+        name = f"{title}, batch {batch}"
+        if 1 + width * batch > num_blocks:
+            recorder.add("Decode", name, {"left out": "no room for its cache"})
+            continue
+        decode = partial(report_decode, setup, recorder, model, (title, precision, batch), limits)
+        recorder.attempt("Decode", name, decode)
+
+
+def report_prefill(
+    setup: Setup, recorder: Recorder, model: Dummy, title: str, limits: Limits
+) -> None:
+    """One row: rate, share of the device's."""
+    _, _, prompt, _ = sizes_of(setup)
     seconds = prefill_seconds(setup, model, prompt)
     operations = prompt * model.linear_operations + model.head_operations
     operations += model.attention_operations(prompt * (prompt + 1) // 2)
@@ -118,12 +127,6 @@ def measure(
         ok=setup.met(share >= PREFILL_SHARE),
         target=f"at least {percent(PREFILL_SHARE)} of the bf16 rate",
     )
-    for batch in batches:
-        if 1 + width * batch > num_blocks:
-            recorder.add("Decode", f"{title}, batch {batch}", {"left out": "no room for its cache"})
-            continue
-        decode = decode_seconds(setup, model, batch, context, steps)
-        report_decode(setup, recorder, model, (title, precision, batch), decode, limits)
 
 
 def sizes_of(setup: Setup) -> tuple[tuple[int, ...], int, int, int]:
@@ -143,12 +146,12 @@ def report_decode(
     recorder: Recorder,
     model: Dummy,
     case: tuple[str, Precision, int],
-    decode: Decode,
     limits: Limits,
 ) -> None:
     """One row: rate, share of the floor, gap."""
     title, precision, batch = case
     _, context, _, steps = sizes_of(setup)
+    decode = decode_seconds(setup, model, batch, context, steps)
     tokens = context + steps // 2
     moved = model.read_bytes + batch * tokens * model.token_bytes()
     operations = batch * (model.linear_operations + model.head_operations)
@@ -205,9 +208,13 @@ def decode_seconds(setup: Setup, model: Dummy, batch: int, context: int, steps: 
     tables = shuffled_tables(batch, width)
     lengths = np.full(batch, context, np.int32)
     loop(model, tables, lengths, 4)  # loads, captures and replays
-    times = loop(model, tables, lengths, steps)
     first, last = min(3, steps - 3), steps - 2  # while two steps are under way
-    wall = (times[last] - times[first]) / (last - first)
+
+    def step_seconds() -> float:
+        times = loop(model, tables, lengths, steps)
+        return (times[last] - times[first]) / (last - first)
+
+    wall = min(step_seconds() for _ in range(1 if setup.warm else 2))
     rows = sampling_rows(batch)
     fixed = decode_of(tables, lengths, sampled_before(batch), BLOCK_SIZE)
 
@@ -217,7 +224,8 @@ def decode_seconds(setup: Setup, model: Dummy, batch: int, context: int, steps: 
             model.program.start(fixed, rows)
 
     # The first time takes the host's memory that is needed for so many results.
-    device = min(device_seconds(queue, setup.device, head_start=True) for _ in range(2)) / QUEUED
+    head_start = 0 if setup.warm else HEAD_START
+    device = min(device_seconds(queue, setup.device, head_start) for _ in range(2)) / QUEUED
     return Decode(wall, min(device, wall) if not setup.is_gpu else device)
 
 

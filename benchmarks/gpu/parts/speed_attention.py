@@ -15,7 +15,7 @@ from octavo.backends.torch.tables import choose_kernels
 from octavo.graph.ops import PagedAttention
 from octavo.graph.trace import CacheDtype, CacheGroup
 from parts.dummy import BLOCK_SIZE
-from parts.machine import Limits, Setup, captured_seconds, free_bytes, measure_limits, release
+from parts.machine import Limits, Setup, captured_seconds, free_bytes, measure_limits
 from parts.record import Recorder
 from parts.speed import percent, report_limits
 from parts.steps import shuffled_tables
@@ -82,15 +82,14 @@ def run(setup: Setup, recorder: Recorder) -> None:
     limits = measure_limits(setup)
     report_limits(recorder, limits)
     for case in cases(setup):
-        if setup.is_gpu and 2 * case.cache_bytes + (2 << 30) > free_bytes(setup.device):
-            recorder.add("Attention", _title(case), {"left out": "no room for its cache"})
-            continue
-        measure(setup, recorder, case, limits)
-        release(setup.device)
+        recorder.attempt("Attention", _title(case), partial(measure, setup, recorder, case, limits))
 
 
 def measure(setup: Setup, recorder: Recorder, case: Case, limits: Limits) -> None:
     """One row."""
+    if setup.is_gpu and 2 * case.cache_bytes + (2 << 30) > free_bytes(setup.device):
+        recorder.add("Attention", _title(case), {"left out": "no room for its cache"})
+        return
     with torch.inference_mode():
         seconds = captured_seconds(calls_of(setup, case), setup.device)
     floor = max(case.cache_bytes / limits.bandwidth, case.operations / limits.bf16)

@@ -8,6 +8,7 @@ a numerical tie.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from parts.machine import Setup, release
 from parts.record import Recorder
 from parts.steps import decode_of, sampled_before, sampling_rows, step_of
 
+TABLE = "Greedy tokens beside the reference"
 BLOCK_SIZE = 16
 PROMPTS = (5, 1, 37)
 BOUNDS = {"fp32": 0.02, "bf16": 0.25, "file": 0.5}
@@ -98,23 +100,29 @@ def options_of(setup: Setup, dtype: str, max_model_len: int) -> CompileOptions:
 
 def run(setup: Setup, recorder: Recorder) -> None:
     """The seeded model in each dtype; a real one if its file is given."""
-    graph = llama(Ops(), CONFIG)
-    steps = 6 if setup.quick else 48
     for dtype in ("fp32", "bf16"):
-        weights = seeded_weights(graph, dtype)
-        options = options_of(setup, dtype, CONFIG.max_position_embeddings)
-        both = [b.compile(graph, weights, options) for b in (backend, reference)]
         name = f"2 layers, seeded, {dtype}"
-        report(setup, recorder, name, compare(both, CONFIG.vocab_size, steps, BOUNDS[dtype]), dtype)
+        recorder.attempt(TABLE, name, partial(of_seeded, setup, recorder, name, dtype))
     if setup.model is not None:
-        of_file(setup, recorder, setup.model)
+        case = partial(of_file, setup, recorder, setup.model)
+        recorder.attempt(TABLE, setup.model.stem, case)
+
+
+def of_seeded(setup: Setup, recorder: Recorder, name: str, dtype: str) -> None:
+    """The text of the seeded model."""
+    graph = llama(Ops(), CONFIG)
+    weights = seeded_weights(graph, dtype)
+    options = options_of(setup, dtype, CONFIG.max_position_embeddings)
+    both = [b.compile(graph, weights, options) for b in (backend, reference)]
+    steps = 6 if setup.quick else 48
+    report(setup, recorder, name, compare(both, CONFIG.vocab_size, steps, BOUNDS[dtype]), dtype)
 
 
 def report(setup: Setup, recorder: Recorder, name: str, found: Compared, dtype: str) -> None:
     """One row."""
     bound = BOUNDS[dtype]
     recorder.add(
-        "Greedy tokens beside the reference",
+        TABLE,
         name,
         {
             "tokens": found.tokens,
