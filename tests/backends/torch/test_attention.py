@@ -300,6 +300,27 @@ def test_bytes_depend_on_no_other_row(
             row += count
 
 
+@pytest.mark.parametrize(("tokens", "fits"), [(1, True), (2, True), (16, False)])
+def test_parts_take_little_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, fits: bool) -> None:
+    """A long context beside a short prompt; what is too much for parts has the same bytes."""
+    operator = operator_of(4, 1, 16)
+    pool = Pool.of([300, 20], F16, operator)
+    q, arrays = pool.step([(0, 299, 1), (1, 20 - tokens, tokens)], F16)
+    expected = ragged.attention(q, pool.cache, arrays, operator, True)
+    launched = []
+
+    def launch(*args: Any) -> None:
+        launched.append(args)
+        attention_split.launch_split(*args)
+
+    monkeypatch.setattr(ragged, "launch_split", launch)
+    # 5 segments of each of 2 sequences, 4 heads of 16 numbers.
+    monkeypatch.setattr(attention_split, "MOST_PARTIAL_BYTES", 2 * 10 * 4 * 16 * 4)
+    actual = ragged.attention(q, pool.cache, arrays, operator, True)
+    assert bool(launched) == fits
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("cached", [F16, INT8])
 @pytest.mark.parametrize("part", [(0, 130, 40), (0, 169, 1)])

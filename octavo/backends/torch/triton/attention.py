@@ -2,8 +2,9 @@
 
 Rows of a tile are the heads of one kv head for some tokens of one sequence; tiles of keys stand at
 absolute positions, multiples of BLOCK_N, gathered block by block. Steps whose tokens fit into one
-tile a sequence take attention_split.py, all others the ragged kernel here, whose tiles find their
-sequence by counting, so that sequences of any lengths share a launch and the host need not wait.
+tile a sequence take attention_split.py (if the results of parts fit into 256 MiB, or each sequence
+has one token), all others the ragged kernel here, whose tiles find their sequence by counting, so
+that sequences of any lengths share a launch and the host need not wait.
 
 Deterministic: both kernels have the same tiles, and both cut what a row sees at the multiples of
 SEGMENT, start the softmax anew in each segment and merge the segments in ascending order. So a row
@@ -26,13 +27,14 @@ from torch import Tensor
 from octavo.backends.torch.kernels import LayerCache, StepArrays
 from octavo.backends.torch.triton.attention_shapes import (
     MOST_SPLIT_ROWS,
+    Shape,
     cache_strides,
     cache_tensors,
     choose_shape,
     device_of,
     score_factors,
 )
-from octavo.backends.torch.triton.attention_split import launch_split
+from octavo.backends.torch.triton.attention_split import fits_split, launch_split
 from octavo.backends.torch.triton.attention_tiles import (
     LANES,
     UNSEEN,
@@ -153,14 +155,19 @@ def attention(
 ) -> Tensor:
     """Causal attention of each row over its sequence's cache; see `Kernels.attention`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tokens = min(arrays.max_query_len, MOST_SPLIT_ROWS + 1)
-    cached, block_size = cache.values.dtype, cache.values.shape[3]
-    shape = choose_shape(
-        operator, q.dtype, cached, block_size, tokens, deterministic, device_of(q.device)
-    )
-    if shape.split:
+    _, _, _, block_size, _ = cache.values.shape
+    device = device_of(q.device)
+
+    def shape_of(tokens: int) -> Shape:
+        return choose_shape(
+            operator, q.dtype, cache.values.dtype, block_size, tokens, deterministic, device
+        )
+
+    shape = shape_of(min(arrays.max_query_len, MOST_SPLIT_ROWS + 1))
+    if fits_split(arrays, shape):
         launch_split(q, cache, arrays, operator, shape, out)
         return out
+    shape = shape_of(MOST_SPLIT_ROWS + 1)
     num_sequences = len(arrays.seq_lens)
     tile = shape.constants["BLOCK_M"] // shape.constants["HEADS"]
     ragged_kernel[len(q) // tile + num_sequences, shape.head_tiles](

@@ -37,6 +37,8 @@ from octavo.graph import ops as op
 MERGED_AT_ONCE = tl.constexpr(8)
 LEAST_TILES = tl.constexpr(2)
 """Of keys in a part, where there is a choice."""
+MOST_PARTIAL_BYTES = 256 << 20
+"""Of the results of parts, for sequences of several tokens."""
 
 
 @triton.jit
@@ -272,12 +274,9 @@ def launch_split(
 ) -> None:
     """Write the attention of a step whose every sequence fits into one tile to `out`."""
     num_sequences = len(arrays.seq_lens)
-    slots = shape.slots
-    if 2 * num_sequences > slots:
-        slots *= 2  # Shorter parts, in two rounds: a last one that is not full matters less.
-    parts = most_parts(arrays, shape, slots)
-    whole = parts == num_sequences
-    size = 0 if whole else parts * arrays.max_query_len * operator.num_heads
+    slots = slots_of(shape, num_sequences)
+    parts = most_parts(arrays, shape)
+    size = partial_rows(arrays, shape)
     partial = torch.empty((size, operator.head_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((2, size), dtype=torch.float32, device=q.device)
     lists = (arrays.starts, arrays.seq_lens)
@@ -298,20 +297,46 @@ def launch_split(
         **shape.constants,
         **shape.options,
     )
-    if not whole:
+    if size:
         merge_kernel[operator.num_heads, arrays.max_query_len, num_sequences](
             *lists, out, partial, stats, *plan, **shape.merge_constants, **MERGE_OPTIONS
         )
 
 
-def most_parts(arrays: StepArrays, shape: Shape, slots: int) -> int:
+def fits_split(arrays: StepArrays, shape: Shape) -> bool:
+    """Whether a step may be split as the shape says: by tile, and by the memory of its parts.
+
+    That of one token a sequence is never too much: a Program measures its largest such step.
+    """
+    if not shape.split or arrays.max_query_len == 1:
+        return shape.split
+    head_dim: int = shape.constants["HEAD_DIM"]
+    return 4 * head_dim * partial_rows(arrays, shape) <= MOST_PARTIAL_BYTES
+
+
+def slots_of(shape: Shape, num_sequences: int) -> int:
+    """The parts that what is read is divided into where there is a choice."""
+    # Shorter parts, in two rounds: a last one that is not full matters less.
+    return shape.slots * (2 if 2 * num_sequences > shape.slots else 1)
+
+
+def partial_rows(arrays: StepArrays, shape: Shape) -> int:
+    """The rows of the results of parts; 0 if every sequence is sure to have but one."""
+    parts = most_parts(arrays, shape)
+    if parts == len(arrays.seq_lens):
+        return 0
+    return parts * arrays.max_query_len * int(shape.constants["NUM_HEADS"])
+
+
+def most_parts(arrays: StepArrays, shape: Shape) -> int:
     """A bound of the parts of all sequences; as many as these if each is sure to have but one."""
     num_sequences = len(arrays.seq_lens)
     segment: int = shape.constants["SEGMENT"]
     window: int = shape.constants["WINDOW"]
     if not segment:
         least = LEAST_TILES.value * shape.constants["BLOCK_N"]
-        return num_sequences + (slots if arrays.max_seq_len > least else 0)
+        is_cut = arrays.max_seq_len > least
+        return num_sequences + (slots_of(shape, num_sequences) if is_cut else 0)
     segments = -(-arrays.max_seq_len // segment)
     if window:
         segments = min(segments, (window + arrays.max_query_len - 3) // segment + 2)
