@@ -91,10 +91,11 @@ def ragged_kernel(
     P_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attention of the rows of one tile; grid (tiles of all sequences, tiles of heads)."""
+    """Attention of the rows of one tile; grid (tiles of all sequences * tiles of heads)."""
     TOKENS: tl.constexpr = BLOCK_M // HEADS
-    # The last tiles, which see most, go first: what is left to the end is short.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    HEAD_TILES: tl.constexpr = KV_HEADS * tl.cdiv(NUM_HEADS // KV_HEADS, HEADS)
+    # The last tiles, which see most, go first, of all heads: what is left to the end is short.
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEAD_TILES
     b = sequence_of_tile(starts, num_sequences, tile, TOKENS)
     token = tl.load(starts + b)
     end_token = tl.load(starts + b + 1)
@@ -105,7 +106,7 @@ def ragged_kernel(
     if tokens <= 0:
         return
     kv_head, offset, head, exists = rows_of_tile(
-        tl.program_id(1), NUM_HEADS, KV_HEADS, HEADS, BLOCK_M
+        tl.program_id(0) % HEAD_TILES, NUM_HEADS, KV_HEADS, HEADS, BLOCK_M
     )
     dim = tl.arange(0, DIM)
     rows = (token + offset).to(tl.int64)
@@ -170,7 +171,7 @@ def attention(
     shape = shape_of(MOST_SPLIT_ROWS + 1)
     num_sequences = len(arrays.seq_lens)
     tile = shape.constants["BLOCK_M"] // shape.constants["HEADS"]
-    ragged_kernel[len(q) // tile + num_sequences, shape.head_tiles](
+    ragged_kernel[((len(q) // tile + num_sequences) * shape.head_tiles,)](
         q,
         *cache_tensors(cache, shape),
         arrays.block_tables,
