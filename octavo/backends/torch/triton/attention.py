@@ -152,10 +152,11 @@ def attention(
     cache: LayerCache,
     arrays: StepArrays,
     operator: op.PagedAttention,
+    dtype: torch.dtype,
     deterministic: bool,
 ) -> Tensor:
     """Causal attention of each row over its sequence's cache; see `Kernels.attention`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     _, _, _, block_size, _ = cache.values.shape
     device = device_of(q.device)
 

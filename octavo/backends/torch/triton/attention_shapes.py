@@ -127,22 +127,6 @@ def split_tiles(case: Case, rows: int) -> Tiles | None:
     return Tiles(rows, keys, 4, 5 if case.capability else 2)
 
 
-def product_dtypes(
-    query: torch.dtype, cached: torch.dtype, codes: bool
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the products of scores and of values.
-
-    float16 holds bfloat16 exactly within its range, far beyond that of queries and keys; codes are
-    exact in both. But weights times the scales of codes may be below its range.
-    """
-    dtypes = {query} if codes else {query, cached}
-    if torch.float32 in dtypes:
-        return torch.float32, torch.float32
-    if torch.float16 not in dtypes:
-        return torch.bfloat16, torch.bfloat16
-    return torch.float16, torch.bfloat16 if codes else torch.float16
-
-
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A launch, but for tensors and counts.
@@ -178,11 +162,22 @@ def choose_shape(
     deterministic: bool,
     device: Device,
 ) -> Shape:
-    """The launch for these dtypes and sizes; `tokens` is the greatest number of a sequence's."""
+    """The launch for these dtypes and sizes.
+
+    Args:
+        operator: whose heads and window count.
+        query: the dtype of queries, of both products but for the weights of codes.
+        cached: that of the cache.
+        block_size: of the cache.
+        tokens: the greatest number of a sequence's.
+        deterministic: see `Kernels.attention`.
+        device: what is launched on.
+    """
     dim = max(16, triton.next_power_of_2(operator.head_dim))
     codes = cached.itemsize == 1
-    products, weighted = product_dtypes(query, cached, codes)
-    case = Case(dim, cached.itemsize, products == torch.float32, deterministic, device.capability)
+    # Weights times the scales of codes may be below the range of float16.
+    weighted = torch.bfloat16 if codes and query == torch.float16 else query
+    case = Case(dim, cached.itemsize, query == torch.float32, deterministic, device.capability)
     group = operator.num_heads // operator.num_kv_heads
     heads = min(group, ragged_tiles(case).rows, MOST_SPLIT_ROWS)
     split = split_tiles(case, heads * tokens)
@@ -202,7 +197,7 @@ def choose_shape(
         "SOFT_CAP": operator.soft_cap is not None,
         "CODES": codes,
         "FP8_BITS": cached == torch.float8_e4m3fn and not device.reads_fp8,
-        "DTYPE": device.name(products),
+        "DTYPE": device.name(query),
         "P_DTYPE": device.name(weighted),
         "PRECISION": "tf32x3" if case.wide and device.capability else "ieee",
     }
