@@ -61,13 +61,12 @@ def device_of(device: torch.device) -> Device:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a kernel cuts its work: rows and keys of a tile; `registers` is a bound for a thread."""
+    """How a kernel cuts its work: rows and keys of a tile."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
-    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +89,13 @@ class Case:
 
 
 def ragged_tiles(case: Case) -> Tiles:
-    """The tiles of the ragged kernel.
+    """The tiles of the ragged kernel: what registers hold.
 
-    They are what registers hold. On Hopper with a head_dim up to 128, two programs of 128 registers
-    a thread share a processor, so that one's matrix instructions run beside the other's softmax.
+    On Hopper loads that wait for block ids take two stages: five of them keep a tile on its way,
+    three none. (Bounding registers for two programs a processor makes ptxas wait for each wgmma.)
     """
     hopper = case.capability == 90
-    stages = 3 if case.capability else 2
+    stages = 5 if hopper else 3 if case.capability else 2
     warps = 4 if case.dim <= 128 else 8
     if case.wide:
         return Tiles(32, 32, 4, stages)
@@ -104,8 +103,7 @@ def ragged_tiles(case: Case) -> Tiles:
         roomy = case.dim <= 64 or (hopper and case.dim <= 128 and case.itemsize > 1)
         return Tiles(64, 64 if roomy else 32, warps, stages)
     if hopper:
-        shared = case.dim <= 128 and case.itemsize > 1
-        return Tiles(128, 64, 8, stages, 128 if shared else None)
+        return Tiles(128, 64 if case.dim <= 128 else 32, 8, stages)
     if case.dim > 128:
         return Tiles(64, 32, warps, stages)
     return Tiles(128, 64 if case.dim <= 64 or case.capability >= 100 else 32, 8, stages)
@@ -118,8 +116,7 @@ def split_tiles(case: Case, rows: int) -> Tiles | None:
         return None
     if case.deterministic:
         return tiles
-    # Numbers enough for one trip to pay, few enough for two programs to share a processor. Loads
-    # that wait for block ids take two stages: five of them keep a tile on its way.
+    # Numbers enough for one trip to pay, few enough for two programs to share a processor.
     keys = max(32, 16384 // (case.dim * max(2, case.itemsize)))
     rows = max(16, triton.next_power_of_2(rows))
     if case.capability == 90 and case.itemsize == 1 and not case.wide:
@@ -201,13 +198,11 @@ def choose_shape(
         "P_DTYPE": device.name(weighted),
         "PRECISION": "tf32x3" if case.wide and device.capability else "ieee",
     }
-    options: dict[str, Any] = {
+    options = {
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **FP_FUSION,
     }
-    if tiles.registers is not None:
-        options["maxnreg"] = tiles.registers
     slots = max(1, 2 * device.processors // head_tiles)
     return Shape(split is not None, head_tiles, slots, constants, options)
 
