@@ -58,6 +58,9 @@ class Pool:
             block_tables=torch.stack([self.tables[b] for b, _, _ in parts]),
             max_query_len=max(counts),
             max_seq_len=max(lengths),
+            max_decode_len=max(
+                (n for n, c in zip(lengths, counts, strict=True) if c == 1), default=0
+            ),
         )
         return wide[:, : rows.shape[1]], arrays
 

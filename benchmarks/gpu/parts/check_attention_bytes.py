@@ -17,7 +17,7 @@ from parts.check_attention import Parts, operator_of, pool_of
 from parts.machine import Setup
 from parts.record import Recorder
 
-LENGTHS = (1500, 40, 1100)
+LENGTHS = (2500, 40, 1100)
 STEPS: tuple[Parts, ...] = (
     ((0, 1499, 1),),
     ((0, 511, 1),),
@@ -25,6 +25,7 @@ STEPS: tuple[Parts, ...] = (
     ((1, 3, 2), (0, 1030, 3)),
     ((1, 0, 20), (0, 700, 800), (1, 20, 9)),
     ((2, 0, 1100), (0, 0, 700)),
+    ((2, 0, 1100), (0, 2499, 1), (1, 39, 1)),
     (*((1, 39, 1) for _ in range(200)), (0, 1000, 1)),
 )
 QUICK: tuple[Parts, ...] = (((0, 69, 1),), ((1, 3, 2), (0, 30, 3)), ((0, 20, 40), (1, 0, 9)))

@@ -159,4 +159,5 @@ def _arrays(case: Case, width: int, device: torch.device) -> StepArrays:
         block_tables=put(tables),
         max_query_len=case.count,
         max_seq_len=case.context,
+        max_decode_len=case.context if case.count == 1 else 0,
     )

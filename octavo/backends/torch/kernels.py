@@ -41,6 +41,7 @@ class StepArrays:
         block_tables: [B, M] int32.
         max_query_len: the most tokens of one sequence in this step.
         max_seq_len: the greatest of seq_lens, or a bound of them.
+        max_decode_len: the same of the sequences with one token; 0 without any.
     """
 
     positions: Tensor
@@ -50,6 +51,7 @@ class StepArrays:
     block_tables: Tensor
     max_query_len: int
     max_seq_len: int
+    max_decode_len: int
 
 
 @dataclass(frozen=True, slots=True)

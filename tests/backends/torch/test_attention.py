@@ -139,6 +139,9 @@ class Pool:
             block_tables=torch.stack(tables),
             max_query_len=max(counts),
             max_seq_len=max(seq_lens),
+            max_decode_len=max(
+                (n for n, c in zip(seq_lens, counts, strict=True) if c == 1), default=0
+            ),
         )
         return torch.stack(rows).to(dtype)[:, :features], arrays
 
@@ -300,6 +303,35 @@ def test_bytes_depend_on_no_other_row(
             if sequence == 0:
                 assert torch.equal(actual[row : row + count], whole[start : start + count])
             row += count
+
+
+@pytest.mark.parametrize(
+    ("cached", "window", "deterministic"), [(F16, None, False), (INT8, None, True), (F16, 90, True)]
+)
+def test_long_contexts_of_single_tokens_are_split_beside_prompts(
+    monkeypatch: pytest.MonkeyPatch, cached: torch.dtype, window: int | None, deterministic: bool
+) -> None:
+    """The prompt's rows and those of the others are each written by one kernel, with its bytes."""
+    monkeypatch.setattr(attention_split, "LANES", tl.constexpr(4))
+    operator = operator_of(4, 1, 16, window=window)
+    pool = Pool.of([300, 90, 1, 171, 20], cached, operator)
+    parts = [(1, 50, 40), (-1, 0, 1), (0, 299, 1), (4, 18, 2), (2, 0, 1), (3, 170, 1)]
+    q, arrays = pool.step(parts, F16)
+    alone = ragged.attention(q, pool.cache, arrays, operator, F16, deterministic)
+    launched = []
+
+    def launch(*args: Any) -> None:
+        launched.append(args)
+        attention_split.launch_split(*args)
+
+    monkeypatch.setattr(ragged, "launch_split", launch)
+    for least, is_split in ((300, False), (299, True)):
+        monkeypatch.setattr(ragged, "LEAST_SPLIT_LEN", least)
+        check(ragged.attention, pool, parts, F16, deterministic)
+        assert bool(launched) == is_split
+    if deterministic:
+        together = ragged.attention(q, pool.cache, arrays, operator, F16, True)
+        assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize(("tokens", "fits"), [(1, True), (2, True), (16, False)])

@@ -99,6 +99,7 @@ def arrays() -> StepArrays:
         none.reshape(0, 0),
         4,
         32,
+        0,
     )
 
 

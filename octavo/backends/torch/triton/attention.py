@@ -4,7 +4,8 @@ Rows of a tile are the heads of one kv head for some tokens of one sequence; til
 absolute positions, multiples of BLOCK_N, gathered block by block. Steps whose tokens fit into one
 tile a sequence take attention_split.py (if the results of parts fit into 256 MiB, or each sequence
 has one token), all others the ragged kernel here, whose tiles find their sequence by counting, so
-that sequences of any lengths share a launch and the host need not wait.
+that sequences of any lengths share a launch and the host need not wait. Where such a step has
+single tokens with long contexts, these take attention_split.py, and the ragged kernel the rest.
 
 Deterministic: both kernels have the same tiles, and both cut what a row sees at the multiples of
 SEGMENT, start the softmax anew in each segment and merge the segments in ascending order. So a row
@@ -18,6 +19,8 @@ of query and key, at 780 TFLOP/s.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -45,6 +48,10 @@ from octavo.backends.torch.triton.attention_tiles import (
 )
 from octavo.graph import ops as op
 
+LEAST_SPLIT_LEN = 2048
+"""Longer contexts of single tokens are split beside prompts too: walking them in one program would
+take longer than two more launches."""
+
 
 @triton.jit
 def sequence_of_tile(starts, num_sequences, tile, TOKENS: tl.constexpr):
@@ -58,7 +65,7 @@ def sequence_of_tile(starts, num_sequences, tile, TOKENS: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_sequences"])
+@triton.jit(do_not_specialize=["table_stride", "num_sequences", "least_query_len"])
 def ragged_kernel(
     query,
     values,
@@ -72,6 +79,7 @@ def ragged_kernel(
     scale_stride,
     table_stride,
     num_sequences,
+    least_query_len,
     scale,
     cap_scale,
     NUM_HEADS: tl.constexpr,
@@ -91,7 +99,10 @@ def ragged_kernel(
     P_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attention of the rows of one tile; grid (tiles of all sequences * tiles of heads)."""
+    """Attention of the rows of one tile; grid (tiles of all sequences * tiles of heads).
+
+    Sequences with fewer tokens than least_query_len are left out.
+    """
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     HEAD_TILES: tl.constexpr = KV_HEADS * tl.cdiv(NUM_HEADS // KV_HEADS, HEADS)
     # The last tiles, which see most, go first, of all heads: what is left to the end is short.
@@ -99,11 +110,12 @@ def ragged_kernel(
     b = sequence_of_tile(starts, num_sequences, tile, TOKENS)
     token = tl.load(starts + b)
     end_token = tl.load(starts + b + 1)
+    query_len = end_token - token
     skipped = (tile - (token // TOKENS + b)) * TOKENS
-    first = tl.load(seq_lens + b) - (end_token - token) + skipped
+    first = tl.load(seq_lens + b) - query_len + skipped
     token += skipped
     tokens = tl.minimum(end_token - token, TOKENS)
-    if tokens <= 0:
+    if (tokens <= 0) | (query_len < least_query_len):
         return
     kv_head, offset, head, exists = rows_of_tile(
         tl.program_id(0) % HEAD_TILES, NUM_HEADS, KV_HEADS, HEADS, BLOCK_M
@@ -169,6 +181,11 @@ def attention(
     if fits_split(arrays, shape):
         launch_split(q, cache, arrays, operator, shape, out)
         return out
+    least_query_len = 1
+    if arrays.max_decode_len > LEAST_SPLIT_LEN:
+        decodes = replace(arrays, max_query_len=1, max_seq_len=arrays.max_decode_len)
+        launch_split(q, cache, decodes, operator, shape_of(1), out)
+        least_query_len = 2
     shape = shape_of(MOST_SPLIT_ROWS + 1)
     num_sequences = len(arrays.seq_lens)
     tile = shape.constants["BLOCK_M"] // shape.constants["HEADS"]
@@ -183,6 +200,7 @@ def attention(
         *cache_strides(cache),
         arrays.block_tables.stride(0),
         num_sequences,
+        least_query_len,
         *score_factors(operator),
         **shape.constants,
         **shape.options,

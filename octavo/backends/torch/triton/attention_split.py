@@ -1,4 +1,4 @@
-"""Attention of steps with few tokens a sequence: the cache is split among programs, then merged.
+"""Attention of sequences with few tokens: the cache is split among programs, then merged.
 
 The parts of all sequences are one list, so that a batch of unequal sequences fills the device as
 evenly as one of equals; a program finds its part by counting, for the host knows no lengths. With
@@ -42,24 +42,39 @@ MOST_PARTIAL_BYTES = 256 << 20
 
 
 @triton.jit
-def extent(starts, seq_lens, sequence, inside, ALIGN: tl.constexpr, WINDOW: tl.constexpr):
-    """Begin, a multiple of ALIGN, and end of the positions that the rows of a sequence see."""
+def extent(
+    starts, seq_lens, sequence, inside, max_query_len, ALIGN: tl.constexpr, WINDOW: tl.constexpr
+):
+    """What the rows of sequences see: begin, a multiple of ALIGN, end, and whether it is read.
+
+    It is not if a sequence is none, or has more than max_query_len tokens: then begin is end.
+    """
+    count = tl.load(starts + sequence + 1, mask=inside, other=0)
+    count -= tl.load(starts + sequence, mask=inside, other=0)
     end = tl.load(seq_lens + sequence, mask=inside, other=0)
+    inside = inside & (count <= max_query_len)
+    end = tl.where(inside, end, 0)
     begin = tl.zeros_like(end)
     if WINDOW:
-        count = tl.load(starts + sequence + 1, mask=inside, other=0)
-        count -= tl.load(starts + sequence, mask=inside, other=0)
-        begin = tl.maximum(end - count - WINDOW + 1, 0) // ALIGN * ALIGN
-    return begin, end
+        begin = tl.where(inside, tl.maximum(end - count - WINDOW + 1, 0) // ALIGN * ALIGN, 0)
+    return begin, end, inside
 
 
 @triton.jit
 def count_parts(
-    starts, seq_lens, sequence, num_sequences, length, ALIGN: tl.constexpr, WINDOW: tl.constexpr
+    starts,
+    seq_lens,
+    sequence,
+    num_sequences,
+    max_query_len,
+    length,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """How many parts sequences have: at least one, which writes the rows that pad a step."""
-    inside = sequence < num_sequences
-    begin, end = extent(starts, seq_lens, sequence, inside, ALIGN, WINDOW)
+    begin, end, inside = extent(
+        starts, seq_lens, sequence, sequence < num_sequences, max_query_len, ALIGN, WINDOW
+    )
     return tl.where(inside, tl.maximum(tl.cdiv(end - begin, length), 1), 0)
 
 
@@ -68,6 +83,7 @@ def plan(
     starts,
     seq_lens,
     num_sequences,
+    max_query_len,
     slots,
     SEGMENT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -78,11 +94,14 @@ def plan(
     for first in range(0, num_sequences, LANES):
         sequence = first + tl.arange(0, LANES)
         if SEGMENT:
-            parts = count_parts(starts, seq_lens, sequence, num_sequences, SEGMENT, ALIGN, WINDOW)
+            parts = count_parts(
+                starts, seq_lens, sequence, num_sequences, max_query_len, SEGMENT, ALIGN, WINDOW
+            )
             summed += tl.sum(parts)
         else:
-            inside = sequence < num_sequences
-            begin, end = extent(starts, seq_lens, sequence, inside, ALIGN, WINDOW)
+            begin, end, _ = extent(
+                starts, seq_lens, sequence, sequence < num_sequences, max_query_len, ALIGN, WINDOW
+            )
             summed += tl.sum(end - begin)
     if SEGMENT:
         length = SEGMENT
@@ -95,7 +114,14 @@ def plan(
 
 @triton.jit
 def locate(
-    starts, seq_lens, num_sequences, part, length, ALIGN: tl.constexpr, WINDOW: tl.constexpr
+    starts,
+    seq_lens,
+    num_sequences,
+    max_query_len,
+    part,
+    length,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """The sequence of a part (num_sequences: of none) and the first part of that sequence."""
     found = 0
@@ -103,7 +129,9 @@ def locate(
     before = 0
     for first in range(0, num_sequences, LANES):
         sequence = first + tl.arange(0, LANES)
-        parts = count_parts(starts, seq_lens, sequence, num_sequences, length, ALIGN, WINDOW)
+        parts = count_parts(
+            starts, seq_lens, sequence, num_sequences, max_query_len, length, ALIGN, WINDOW
+        )
         ends = before + tl.cumsum(parts)
         passed = (ends <= part) & (sequence < num_sequences)
         found += tl.sum(passed.to(tl.int32))
@@ -161,14 +189,16 @@ def split_kernel(
     k_at = kv_head * BLOCK_SIZE
     # fmt: off
     length, count = plan(
-        starts, seq_lens, num_sequences, slots, SEGMENT, ALIGN, WINDOW
+        starts, seq_lens, num_sequences, max_query_len, slots, SEGMENT, ALIGN, WINDOW
     )
     for part in range(tl.program_id(0), count, tl.num_programs(0)):
-        b, first_part = locate(starts, seq_lens, num_sequences, part, length, ALIGN, WINDOW)
+        b, first_part = locate(
+            starts, seq_lens, num_sequences, max_query_len, part, length, ALIGN, WINDOW
+        )
         if b < num_sequences:
             token = tl.load(starts + b)
             tokens = tl.load(starts + b + 1) - token
-            begin, end = extent(starts, seq_lens, b, True, ALIGN, WINDOW)
+            begin, end, _ = extent(starts, seq_lens, b, True, max_query_len, ALIGN, WINDOW)
             parts = tl.maximum(tl.cdiv(end - begin, length), 1)
             if not SEGMENT:  # as even as whole tiles can be
                 even = tl.cdiv(tl.cdiv(end - begin, parts), BLOCK_N) * BLOCK_N
@@ -230,13 +260,16 @@ def merge_kernel(
     b = tl.program_id(2)
     token = tl.load(starts + b)
     tokens = tl.load(starts + b + 1) - token
-    length, _ = plan(starts, seq_lens, num_sequences, slots, SEGMENT, ALIGN, WINDOW)
-    parts = count_parts(starts, seq_lens, b, num_sequences, length, ALIGN, WINDOW)
+    length, _ = plan(starts, seq_lens, num_sequences, max_query_len, slots, SEGMENT, ALIGN, WINDOW)
+    parts = count_parts(starts, seq_lens, b, num_sequences, max_query_len, length, ALIGN, WINDOW)
     if (offset < tokens) & (parts > 1):
         first_part = 0
         for first in range(0, b, LANES):
             sequence = first + tl.arange(0, LANES)
-            first_part += tl.sum(count_parts(starts, seq_lens, sequence, b, length, ALIGN, WINDOW))
+            before = count_parts(
+                starts, seq_lens, sequence, b, max_query_len, length, ALIGN, WINDOW
+            )
+            first_part += tl.sum(before)
         dim = tl.arange(0, DIM)[None, :]
         acc = tl.zeros((1, DIM), tl.float32)
         peak = tl.full((1,), UNSEEN, tl.float32)
@@ -272,7 +305,10 @@ def launch_split(
     shape: Shape,
     out: Tensor,
 ) -> None:
-    """Write the attention of a step whose every sequence fits into one tile to `out`."""
+    """Write the attention of the sequences with at most max_query_len tokens to `out`.
+
+    So many of them fit into a tile; the rows of other sequences stay as they are.
+    """
     num_sequences = len(arrays.seq_lens)
     slots = slots_of(shape, num_sequences)
     parts = most_parts(arrays, shape)
