@@ -102,6 +102,7 @@ def walk(
     total,
     query,
     seen,
+    clear,
     begin,
     end,
     low,
@@ -127,9 +128,10 @@ def walk(
 ):
     """Attend to the tiles of the positions `begin` to `end`; all else is that of `attend`.
 
-    `seen` is the last position that a row sees. The sequence may be read from `low` to `high`: for
-    other positions the nearest of these is, as NaN may lie in their place, and 0 * NaN is no 0.
-    MASKED: some row does not see all of a tile.
+    `seen` is the last position that a row sees; all rows see those before `clear`, but for the
+    window. The sequence may be read from `low` to `high`: for other positions the nearest of these
+    is, as NaN may lie in their place, and 0 * NaN is no 0. MASKED: some row may not see all of a
+    tile.
     """
     DIM: tl.constexpr = query.shape[1]
     DTYPE: tl.constexpr = query.dtype
@@ -155,10 +157,14 @@ def walk(
         if SOFT_CAP:  # tanh
             scores = 1.0 - 2.0 / (tl.exp2(scores * cap_scale) + 1.0)
         if MASKED:
-            visible = at[None, :] <= seen[:, None]
+            is_hidden = start + BLOCK_N > clear
             if WINDOW:
-                visible &= at[None, :] > seen[:, None] - WINDOW
-            scores = tl.where(visible, scores, UNSEEN)
+                is_hidden |= start < high - WINDOW
+            if is_hidden:  # A branch that all warps take, or none.
+                visible = at[None, :] <= seen[:, None]
+                if WINDOW:
+                    visible &= at[None, :] > seen[:, None] - WINDOW
+                scores = tl.where(visible, scores, UNSEEN)
         new_peak, base = higher(peak, tl.max(scores, 1) * scale)
         keep = tl.exp2(peak - base)
         p = tl.exp2(tl.fma(scores, scale, -base[:, None]))
@@ -227,7 +233,7 @@ def attend(
     for phase in tl.static_range(3):
         if (PHASES or phase == 2) and (phase != 0 or WINDOW):
             acc, peak, total = walk(
-                acc, peak, total, query, seen,
+                acc, peak, total, query, seen, first + 1,
                 begin if phase == 0 else clear_begin if phase == 1 else clear_end,
                 clear_begin if phase == 0 else clear_end if phase == 1 else end,
                 low, high, table, values, scales,
