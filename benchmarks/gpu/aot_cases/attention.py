@@ -107,11 +107,11 @@ def _cases() -> Iterator[AotCase]:
             for deterministic in modes:
                 mode = " deterministic" if deterministic else ""
                 end = f"{model} {NAMES[computed]} {NAMES[cached]}{mode} {target}"
-                shapes = [
-                    choose_shape(operator, query, cached, 16, tokens, deterministic, device)
-                    for tokens in (1, MOST_SPLIT_ROWS + 1)
-                ]
-                for shape in shapes:
+                is_shown = (model, cached) in (("Llama-8B", F16), ("Gemma3-4B", F16))
+                group = operator.num_heads // operator.num_kv_heads
+                several = [MOST_SPLIT_ROWS // group] if is_shown and not deterministic else []
+                for tokens in (1, *several, MOST_SPLIT_ROWS + 1):
+                    shape = choose_shape(operator, query, cached, 16, tokens, deterministic, device)
                     constants = shape.constants
                     values = "u8" if constants["FP8_BITS"] else NAMES[cached]
                     types = {
@@ -122,9 +122,10 @@ def _cases() -> Iterator[AotCase]:
                     }
                     kernel = split_kernel if shape.split else ragged_kernel
                     kind = "split" if shape.split else "ragged"
+                    kind += " several" if tokens in several else ""
                     name = f"attention {kind} {end}"
                     yield _case(name, kernel, types, constants, shape.options)
-                    if shape.split and (model, cached) in (("Llama-8B", F16), ("Gemma3-4B", F16)):
+                    if tokens == 1 and is_shown:
                         name, constants = f"attention merge {end}", shape.merge_constants
                         yield _case(name, merge_kernel, types, constants, MERGE_OPTIONS)
 

@@ -116,12 +116,15 @@ def split_tiles(case: Case, rows: int) -> Tiles | None:
         return None
     if case.deterministic:
         return tiles
+    warps = 4 if case.dim <= 128 else 8
     # Numbers enough for one trip to pay, few enough for two programs to share a processor.
     keys = max(32, 16384 // (case.dim * max(2, case.itemsize)))
-    rows = max(16, triton.next_power_of_2(rows))
-    if case.capability == 90 and case.itemsize == 1 and not case.wide:
-        rows = 64  # wgmma: codes become numbers once, in the order that they lie in.
-    return Tiles(rows, keys, 4, 5 if case.capability else 2)
+    # Two heights are all that is to be loaded before requests come, and one between would save
+    # little: on Hopper 64 rows are one wgmma, for which codes become numbers once, in the order
+    # that they lie in.
+    is_low = rows <= 16 and (case.capability != 90 or case.itemsize > 1 or case.wide)
+    height = 16 if is_low else min(tiles.rows, MOST_SPLIT_ROWS)
+    return Tiles(height, keys, 4 if is_low else warps, 5 if case.capability else 2)
 
 
 @dataclass(frozen=True, slots=True)
