@@ -20,7 +20,7 @@ SEGMENT = 512
 """Positions after which a deterministic softmax starts anew."""
 MOST_SPLIT_ROWS = 64
 """Rows of a sequence that caches are split for: more of them fill a device as they are."""
-MERGE_OPTIONS = {"num_warps": 1, **FP_FUSION}
+MERGE_OPTIONS = {"num_warps": 4, **FP_FUSION}
 LOG2_E = math.log2(math.e)
 
 

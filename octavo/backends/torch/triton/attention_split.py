@@ -35,6 +35,9 @@ from octavo.backends.torch.triton.attention_tiles import (
 from octavo.graph import ops as op
 
 MERGED_AT_ONCE = tl.constexpr(8)
+"""Parts whose loads do not wait for each other."""
+MERGED_HEADS = tl.constexpr(8)
+"""Of a program that merges: they share its plan."""
 LEAST_TILES = tl.constexpr(2)
 """Of keys in a part, where there is a choice."""
 MOST_PARTIAL_BYTES = 256 << 20
@@ -253,9 +256,10 @@ def merge_kernel(
     SEGMENT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Merge the parts of one row of one head; grid (heads, tokens, sequences)."""
+    """Merge the parts of some heads of one token; grid (tiles of heads, tokens, sequences)."""
     ALIGN: tl.constexpr = SEGMENT if SEGMENT else BLOCK_N
-    head = tl.program_id(0)
+    head = tl.program_id(0) * MERGED_HEADS + tl.arange(0, MERGED_HEADS)
+    exists = head < NUM_HEADS
     offset = tl.program_id(1)
     b = tl.program_id(2)
     token = tl.load(starts + b)
@@ -271,13 +275,13 @@ def merge_kernel(
             )
             first_part += tl.sum(before)
         dim = tl.arange(0, DIM)[None, :]
-        acc = tl.zeros((1, DIM), tl.float32)
-        peak = tl.full((1,), UNSEEN, tl.float32)
-        total = tl.zeros((1,), tl.float32)
+        acc = tl.zeros((MERGED_HEADS, DIM), tl.float32)
+        peak = tl.full((MERGED_HEADS,), UNSEEN, tl.float32)
+        total = tl.zeros((MERGED_HEADS,), tl.float32)
         for base in range(0, parts, MERGED_AT_ONCE):
             for i in tl.static_range(MERGED_AT_ONCE):
-                part = base + i + tl.arange(0, 1)
-                live = part < parts
+                part = base + i
+                live = exists & (part < parts)
                 spots = ((first_part + part).to(tl.int64) * max_query_len + offset) * NUM_HEADS
                 spots += head
                 acc, peak, total = merge(
@@ -294,7 +298,8 @@ def merge_kernel(
                 )
         result = finish(acc, total).to(out.dtype.element_ty)
         place = ((token + offset).to(tl.int64) * NUM_HEADS + head) * HEAD_DIM
-        tl.store(out + place + dim, result, mask=dim < HEAD_DIM)
+        mask = exists[:, None] & (dim < HEAD_DIM)
+        tl.store(out + place[:, None] + dim, result, mask=mask)
 
 
 def launch_split(
@@ -334,7 +339,8 @@ def launch_split(
         **shape.options,
     )
     if size:
-        merge_kernel[operator.num_heads, arrays.max_query_len, num_sequences](
+        head_tiles = triton.cdiv(operator.num_heads, MERGED_HEADS.value)
+        merge_kernel[head_tiles, arrays.max_query_len, num_sequences](
             *lists, out, partial, stats, *plan, **shape.merge_constants, **MERGE_OPTIONS
         )
 
