@@ -14,6 +14,11 @@ whole prefill: its bytes do not depend on what stands beside it. It costs the la
 the smaller one in prefill, and there a second accumulator. Otherwise each kernel has the tiles that
 suit it best, one softmax over all of a row, and as many parts in decode as keep the device busy.
 
+Tiles on Hopper are chosen by generated code (Triton 3.6): 128 rows (64 if deterministic) with five
+stages, which keep a tile of keys on its way, wgmma that is never waited for one by one, and queries
+in the dtype of products, which stay in shared memory. `benchmarks/gpu/parts/attention_tiles.py` has
+a device compare the alternatives; until one has run, all of it is a prediction.
+
 Limits on an H200: decode reads K and V once, 4.3 TB/s; prefill is 4 * head_dim operations a pair
 of query and key, at 780 TFLOP/s.
 """

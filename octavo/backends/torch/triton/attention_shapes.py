@@ -61,12 +61,13 @@ def device_of(device: torch.device) -> Device:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a kernel cuts its work: rows and keys of a tile."""
+    """How a kernel cuts its work: rows and keys of a tile; `registers` is a bound for a thread."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +93,21 @@ def ragged_tiles(case: Case) -> Tiles:
     """The tiles of the ragged kernel: what registers hold.
 
     On Hopper loads that wait for block ids take two stages: five of them keep a tile on its way,
-    three none. (Bounding registers for two programs a processor makes ptxas wait for each wgmma.)
+    three none. Up to a head_dim of 64, two programs of 128 registers a thread share a processor;
+    beyond, such a bound makes ptxas wait for each wgmma.
     """
     hopper = case.capability == 90
-    stages = 5 if hopper else 3 if case.capability else 2
+    stages = 3 if case.capability else 2
     warps = 4 if case.dim <= 128 else 8
     if case.wide:
         return Tiles(32, 32, 4, stages)
+    stages = 5 if hopper else stages
     if case.deterministic:
         roomy = case.dim <= 64 or (hopper and case.dim <= 128 and case.itemsize > 1)
         return Tiles(64, 64 if roomy else 32, warps, stages)
     if hopper:
-        return Tiles(128, 64 if case.dim <= 128 else 32, 8, stages)
+        shared = case.dim <= 64 and case.itemsize > 1
+        return Tiles(128, 64 if case.dim <= 128 else 32, 8, stages, 128 if shared else None)
     if case.dim > 128:
         return Tiles(64, 32, warps, stages)
     return Tiles(128, 64 if case.dim <= 64 or case.capability >= 100 else 32, 8, stages)
@@ -201,11 +205,13 @@ def choose_shape(
         "P_DTYPE": device.name(weighted),
         "PRECISION": "tf32x3" if case.wide and device.capability else "ieee",
     }
-    options = {
+    options: dict[str, Any] = {
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **FP_FUSION,
     }
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
     slots = max(1, 2 * device.processors // head_tiles)
     return Shape(split is not None, head_tiles, slots, constants, options)
 

@@ -5,6 +5,9 @@ evenly as one of equals; a program finds its part by counting, for the host know
 SEGMENT a part is what lies between two multiples of it. Else (0) the device divides what is to be
 read among `slots` parts, about as many as it can work at at once.
 
+Tiles have 16 rows, or 64 where a sequence has more, and where Hopper reads codes. What all rows see
+whole is not masked: a branch for each tile, so that the loop needs no second pipeline.
+
 A part is kept as (acc, peak, total) in float32 at [part, token, head], and a second kernel merges
 them in ascending order. A sequence of one part has no need of it: its result is written at once.
 """

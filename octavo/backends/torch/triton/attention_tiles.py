@@ -96,6 +96,15 @@ def finish(acc, total):
 
 
 @triton.jit
+def hide(scores, at, seen, WINDOW: tl.constexpr):
+    """Scores [R, BLOCK_N] of the positions `at` without those that rows do not see."""
+    visible = at[None, :] <= seen[:, None]
+    if WINDOW:
+        visible &= at[None, :] > seen[:, None] - WINDOW
+    return tl.where(visible, scores, UNSEEN)
+
+
+@triton.jit
 def walk(
     acc,
     peak,
@@ -124,6 +133,7 @@ def walk(
     FP8_BITS: tl.constexpr,
     P_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PHASES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Attend to the tiles of the positions `begin` to `end`; all else is that of `attend`.
@@ -131,7 +141,7 @@ def walk(
     `seen` is the last position that a row sees; all rows see those before `clear`, but for the
     window. The sequence may be read from `low` to `high`: for other positions the nearest of these
     is, as NaN may lie in their place, and 0 * NaN is no 0. MASKED: some row may not see all of a
-    tile.
+    tile; with PHASES this is so in every tile.
     """
     DIM: tl.constexpr = query.shape[1]
     DTYPE: tl.constexpr = query.dtype
@@ -157,14 +167,14 @@ def walk(
         if SOFT_CAP:  # tanh
             scores = 1.0 - 2.0 / (tl.exp2(scores * cap_scale) + 1.0)
         if MASKED:
-            is_hidden = start + BLOCK_N > clear
-            if WINDOW:
-                is_hidden |= start < high - WINDOW
-            if is_hidden:  # A branch that all warps take, or none.
-                visible = at[None, :] <= seen[:, None]
+            if PHASES:
+                scores = hide(scores, at, seen, WINDOW)
+            else:
+                is_hidden = start + BLOCK_N > clear
                 if WINDOW:
-                    visible &= at[None, :] > seen[:, None] - WINDOW
-                scores = tl.where(visible, scores, UNSEEN)
+                    is_hidden |= start < high - WINDOW
+                if is_hidden:  # A branch that all warps take, or none.
+                    scores = hide(scores, at, seen, WINDOW)
         new_peak, base = higher(peak, tl.max(scores, 1) * scale)
         keep = tl.exp2(peak - base)
         p = tl.exp2(tl.fma(scores, scale, -base[:, None]))
@@ -216,7 +226,8 @@ def attend(
     block 0.
 
     `begin` and `end` are multiples of BLOCK_N. With PHASES the tiles that every row sees whole are
-    walked without masks: better for long walks, where a short one rather starts but one pipeline.
+    walked in a loop of their own, without masks: better for long walks, where a short one rather
+    starts but one pipeline.
     """
     low = tl.maximum(first - WINDOW + 1, 0) if WINDOW else 0
     high = last + 1
@@ -239,7 +250,7 @@ def attend(
                 low, high, table, values, scales,
                 block_stride, scale_stride, scale, cap_scale,
                 KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, CODES, FP8_BITS,
-                P_DTYPE, PRECISION, phase != 1,
+                P_DTYPE, PRECISION, PHASES, phase != 1,
             )
     # fmt: on
     return acc, peak, total
