@@ -325,7 +325,8 @@ def test_long_contexts_of_single_tokens_are_split_beside_prompts(
         attention_split.launch_split(*args)
 
     monkeypatch.setattr(ragged, "launch_split", launch)
-    for least, is_split in ((300, False), (299, True)):
+    most = window or 300
+    for least, is_split in ((most, False), (most - 1, True)):
         monkeypatch.setattr(ragged, "LEAST_SPLIT_LEN", least)
         check(ragged.attention, pool, parts, F16, deterministic)
         assert bool(launched) == is_split

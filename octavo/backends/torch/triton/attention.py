@@ -54,8 +54,8 @@ from octavo.backends.torch.triton.attention_tiles import (
 from octavo.graph import ops as op
 
 LEAST_SPLIT_LEN = 2048
-"""Longer contexts of single tokens are split beside prompts too: walking them in one program would
-take longer than two more launches."""
+"""Of what a single token sees: more than that is split beside prompts too, for walking it in one
+program would take longer than two more launches."""
 
 
 @triton.jit
@@ -187,8 +187,9 @@ def attention(
         launch_split(q, cache, arrays, operator, shape, out)
         return out
     least_query_len = 1
-    if arrays.max_decode_len > LEAST_SPLIT_LEN:
-        decodes = replace(arrays, max_query_len=1, max_seq_len=arrays.max_decode_len)
+    longest = arrays.max_decode_len
+    if min(longest, operator.window or longest) > LEAST_SPLIT_LEN:
+        decodes = replace(arrays, max_query_len=1, max_seq_len=longest)
         launch_split(q, cache, decodes, operator, shape_of(1), out)
         least_query_len = 2
     shape = shape_of(MOST_SPLIT_ROWS + 1)
