@@ -3,9 +3,10 @@
     python benchmarks/gpu/aot.py [--only TEXT] [--target T] [--write] [--table FILE] [--cases DIR]
 
 Compiles the cases of benchmarks/gpu/aot_cases, one process each, and prints registers, bytes of
-shared memory and bytes spilled beside what aot_table.json holds. The exit code is 1 where a case
-does not compile, spills more than the table says, takes more shared memory than its target has, or
-is missing on either side. `--write` writes the table instead of comparing with it (sizes beyond a
+shared memory, bytes spilled and whether ptxas serializes wgmma (1) beside what aot_table.json
+holds. The exit code is 1 where a case does not compile, spills more than the table says, is
+serialized but not in the table, takes more shared memory than its target has, or is missing on
+either side. `--write` writes the table instead of comparing with it (sizes beyond a
 target's remain faults), `--only` takes the cases whose name has the text. Needs torch and triton
 3.6 or later, and nothing installed of Octavo. The table is of Triton 3.7.1, that of the CI: under
 3.6.0 five cases of attention spill up to 40 bytes more.
@@ -38,10 +39,10 @@ SHARED_LIMITS = {
 }
 """Bytes of shared memory that a program may take, by target."""
 
-FIGURES = ("registers", "shared", "spilled")
+FIGURES = ("registers", "shared", "spilled", "serialized")
 Figures = dict[str, int]
 Table = dict[str, dict[str, Figures]]
-"""Registers, shared and spilled bytes, by case and target."""
+"""The figures by case and target; what is not serialized has no such figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,8 @@ def faults_of(unit: Unit, result: Figures | str, known: Figures | None) -> list[
         faults.append(f"{where}: not in the table: check its figures, then run with --write")
     elif result["spilled"] > known["spilled"]:
         faults.append(f"{where}: spills {result['spilled']} bytes, in the table {known['spilled']}")
+    if known is not None and result.get("serialized", 0) > known.get("serialized", 0):
+        faults.append(f"{where}: ptxas serializes wgmma, in the table it does not")
     return faults
 
 
@@ -128,10 +131,10 @@ def row_of(unit: Unit, result: Figures | str, known: Figures | None) -> str:
     for name in FIGURES:
         if isinstance(result, str):
             cells.append("failed")
-        elif known is None or known[name] == result[name]:
-            cells.append(str(result[name]))
-        else:
-            cells.append(f"{known[name]}->{result[name]}")
+            continue
+        value = result.get(name, 0)
+        before = value if known is None else known.get(name, 0)
+        cells.append(str(value) if before == value else f"{before}->{value}")
     return f"{unit.case.name:48} {unit.target:7}" + "".join(f" {cell:>14}" for cell in cells)
 
 

@@ -29,7 +29,8 @@ def measure(case: AotCase, target: str) -> dict[str, int]:
 
     Returns:
         `registers` of a thread, bytes of `shared` memory of a program, bytes `spilled` of a thread
-        (its stack, which holds nothing else in these kernels).
+        (its stack, which holds nothing else in these kernels); 1 as `serialized`, where ptxas says
+        that each wgmma waits for the one before.
     """
     names = case.kernel.arg_names
     unknown = {*case.signature, *case.constants, *case.divisible} - {*names}
@@ -46,7 +47,10 @@ def measure(case: AotCase, target: str) -> dict[str, int]:
         registers, spilled = _of_cubin(compiled.asm["cubin"])
     else:
         registers, spilled = _of_assembly(compiled.asm["amdgcn"])
-    return {"registers": registers, "shared": compiled.metadata.shared, "spilled": spilled}
+    figures = {"registers": registers, "shared": compiled.metadata.shared, "spilled": spilled}
+    if is_serialized(compiled.asm.get("ptx", "")):
+        figures["serialized"] = 1
+    return figures
 
 
 def _of_cubin(cubin: bytes) -> tuple[int, int]:
@@ -59,6 +63,19 @@ def _of_cubin(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def is_serialized(ptx: str) -> bool:
+    """Whether ptxas cannot keep matrix instructions of Hopper in flight (its message C7512)."""
+    if "wgmma" not in ptx:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", os.fspath(file)]
+        command += ["-o", os.devnull]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "C7512" in text
 
 
 def _of_assembly(text: str) -> tuple[int, int]:

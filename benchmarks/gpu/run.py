@@ -105,6 +105,7 @@ TASKS = (
     check("A programs", "check_programs"),
     check("B text", "text"),
     Task("C attention", "speed_attention", 45),
+    Task("C attention tiles", "attention_tiles", 20),
     Task("C 8B bf16", "speed", 40, ("Llama-3.1-8B", "bf16")),
     Task("C 8B fp8", "speed", 40, ("Llama-3.1-8B", "fp8")),
     Task("C 7B bf16", "speed", 40, ("Llama-7B", "bf16")),

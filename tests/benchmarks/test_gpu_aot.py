@@ -127,6 +127,19 @@ def test_more_shared_memory_than_there_is(target: str, kib: int) -> None:
     assert fault.startswith(f"large, {target}: {kib * 1024 + 1} bytes of shared memory")
 
 
+def test_products_of_hopper_one_after_another() -> None:
+    """It is a fault where the table does not say so, and may end."""
+    script = runpy.run_path(str(SCRIPT))
+    unit = script["Unit"](SimpleNamespace(name="slow"), "sm_90")
+    figures = {"registers": 8, "shared": 0, "spilled": 0}
+    serialized = figures | {"serialized": 1}
+    assert script["faults_of"](unit, figures, serialized) == []
+    assert script["faults_of"](unit, serialized, serialized) == []
+    (fault,) = script["faults_of"](unit, serialized, figures)
+    assert fault == "slow, sm_90: ptxas serializes wgmma, in the table it does not"
+    assert script["row_of"](unit, serialized, figures).endswith("0->1")
+
+
 def test_name_without_case(folder: Path) -> None:
     done = run(folder, "--only", "nothing of this name")
     assert done.returncode == 1

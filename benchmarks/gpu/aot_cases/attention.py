@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from aot_case import AotCase
 
+from octavo.backends.torch.kernels import query_dtype
 from octavo.backends.torch.triton.attention import ragged_kernel
 from octavo.backends.torch.triton.attention_shapes import (
     MERGE_OPTIONS,
@@ -46,26 +47,27 @@ GEMMA3_4B = _operator(8, 4, 256, 1024)
 GEMMA2_9B = replace(_operator(16, 8, 256, 4096), soft_cap=50.0)
 
 MODELS = (
-    ("Llama-7B", LLAMA_7B, BF16, BF16),
-    ("Llama-8B", LLAMA_8B, BF16, BF16),
-    ("Llama-8B", LLAMA_8B, F16, F16),
+    ("Llama-7B", LLAMA_7B, BF16, F16),
+    ("Llama-8B", LLAMA_8B, BF16, F16),
     ("Llama-8B", LLAMA_8B, BF16, INT8),
     ("Llama-8B", LLAMA_8B, BF16, FP8),
     ("Llama-70B", LLAMA_70B, BF16, FP8),
-    ("Qwen2-7B", QWEN2_7B, BF16, BF16),
+    ("Qwen2-7B", QWEN2_7B, BF16, F16),
     ("SmolLM2", SMOLLM2, F16, F16),
     ("SmolLM2", SMOLLM2, F32, F32),
-    ("Gemma3-4B", GEMMA3_4B, BF16, BF16),
-    ("Gemma2-9B", GEMMA2_9B, BF16, BF16),
+    ("Gemma3-4B", GEMMA3_4B, BF16, F16),
+    ("Gemma3-4B", GEMMA3_4B, BF16, INT8),
+    ("Gemma2-9B", GEMMA2_9B, BF16, F16),
 )
-ELSEWHERE = (1, 3, 4, 7, 8, 9)
+"""Names, operators, and the dtypes of activations and cache."""
+ELSEWHERE = (1, 2, 3, 6, 7, 8)
 """Indices of the models that devices other than sm_90 have cases for."""
 DETERMINISTIC = {
-    ("Llama-8B", BF16),
+    ("Llama-8B", F16),
     ("Llama-8B", FP8),
     ("SmolLM2", F16),
     ("SmolLM2", F32),
-    ("Gemma3-4B", BF16),
+    ("Gemma3-4B", F16),
 }
 
 
@@ -99,12 +101,16 @@ def _case(
 def _cases() -> Iterator[AotCase]:
     for target, device in DEVICES.items():
         models = MODELS if target == "sm_90" else [MODELS[i] for i in ELSEWHERE]
-        for model, operator, query, cached in models:
+        for model, operator, computed, cached in models:
+            query = query_dtype(computed, cached)
             modes = (False, True) if (model, cached) in DETERMINISTIC else (False,)
             for deterministic in modes:
                 mode = " deterministic" if deterministic else ""
-                end = f"{model} {NAMES[query]} {NAMES[cached]}{mode} {target}"
-                for tokens in (1, MOST_SPLIT_ROWS + 1):
+                end = f"{model} {NAMES[computed]} {NAMES[cached]}{mode} {target}"
+                is_shown = (model, cached) in (("Llama-8B", F16), ("Gemma3-4B", F16))
+                group = operator.num_heads // operator.num_kv_heads
+                several = [MOST_SPLIT_ROWS // group] if is_shown and not deterministic else []
+                for tokens in (1, *several, MOST_SPLIT_ROWS + 1):
                     shape = choose_shape(operator, query, cached, 16, tokens, deterministic, device)
                     constants = shape.constants
                     values = "u8" if constants["FP8_BITS"] else NAMES[cached]
@@ -112,13 +118,14 @@ def _cases() -> Iterator[AotCase]:
                         "query": f"*{NAMES[query]}",
                         "values": f"*{values}",
                         "scales": "*fp32" if constants["CODES"] else f"*{values}",
-                        "out": f"*{NAMES[query]}",
+                        "out": f"*{NAMES[computed]}",
                     }
                     kernel = split_kernel if shape.split else ragged_kernel
                     kind = "split" if shape.split else "ragged"
+                    kind += " several" if tokens in several else ""
                     name = f"attention {kind} {end}"
                     yield _case(name, kernel, types, constants, shape.options)
-                    if shape.split and (model, cached) in (("Llama-8B", BF16), ("Gemma3-4B", BF16)):
+                    if tokens == 1 and is_shown:
                         name, constants = f"attention merge {end}", shape.merge_constants
                         yield _case(name, merge_kernel, types, constants, MERGE_OPTIONS)
 

@@ -137,7 +137,8 @@ def rope_write(
     tile, half = tile_of(kv_heads, head_dim)
     codes = cache in ("i8", "fp8e4nv")
     pointers = {
-        **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
+        **dict.fromkeys(("q", "k", "v"), f"*{dtype}"),
+        "out": f"*{dtype if codes else cache}",
         "table": "*fp32",
         "positions": "*i32",
         "slots": "*i32",
@@ -217,14 +218,14 @@ CASES: tuple[AotCase, ...] = (
     quantize("bf16", 4096, STATIC),
     quantize("fp16", 28672, "int8 token"),
     quantize("bf16", 28672, "fp8 token"),
-    rope_write("bf16", 9, 3, 64, "bf16"),
-    rope_write("bf16", 32, 8, 128, "bf16"),
+    rope_write("bf16", 9, 3, 64, "fp16"),
+    rope_write("bf16", 32, 8, 128, "fp16"),
     rope_write("fp16", 32, 32, 128, "fp16"),
     rope_write("bf16", 64, 8, 128, "i8"),
     rope_write("bf16", 28, 4, 128, "i8", scale_keys=True),
     rope_write("bf16", 64, 8, 128, "fp8e4nv"),
     rope_write("bf16", 28, 4, 128, "fp8e4nv", scale_keys=True),
-    rope_write("bf16", 4, 1, 256, "bf16"),
+    rope_write("bf16", 4, 1, 256, "fp16"),
     rope_write("bf16", 32, 32, 96, "fp8e4nv"),
     rope_write("fp32", 32, 8, 128, "fp32"),
     copy_blocks(16384),

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from octavo.backends.torch.kernels import Kernels, LayerCache, StepArrays
+from octavo.backends.torch.kernels import Kernels, LayerCache, StepArrays, query_dtype
 from octavo.backends.torch.plain.table import KERNELS as PLAIN
 from octavo.backends.torch.tables import choose_kernels
 from octavo.graph.ops import PagedAttention
@@ -58,6 +58,9 @@ class Pool:
             block_tables=torch.stack([self.tables[b] for b, _, _ in parts]),
             max_query_len=max(counts),
             max_seq_len=max(lengths),
+            max_decode_len=max(
+                (n for n, c in zip(lengths, counts, strict=True) if c == 1), default=0
+            ),
         )
         return wide[:, : rows.shape[1]], arrays
 
@@ -144,10 +147,10 @@ def error(
     kernels: Kernels, pool: Pool, parts: Parts, dtype: torch.dtype, deterministic: bool
 ) -> float:
     """Of a step; rows that pad it must be finite."""
-    q, arrays = pool.step(parts, dtype)
-    actual = kernels.attention(q, pool.cache, arrays, pool.operator, deterministic)
+    q, arrays = pool.step(parts, query_dtype(dtype, pool.cache.values.dtype))
+    actual = kernels.attention(q, pool.cache, arrays, pool.operator, dtype, deterministic)
     exact = LayerCache(dequantized(pool.cache), None)
-    expected = PLAIN.attention(q.float(), exact, arrays, pool.operator, True)
+    expected = PLAIN.attention(q.float(), exact, arrays, pool.operator, F32, True)
     if not bool(actual.isfinite().all()) or actual.dtype != dtype:
         return torch.inf
     real = (arrays.seq_lens > 0).repeat_interleave(arrays.starts.diff())

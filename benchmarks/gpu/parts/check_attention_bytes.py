@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from octavo.backends.torch.kernels import Kernels
+from octavo.backends.torch.kernels import Kernels, query_dtype
 from octavo.backends.torch.tables import choose_kernels
 from octavo.graph.ops import PagedAttention
 from parts.check import BF16, F16, F32, FP8, INT8, NAMES, Checks, unlike
@@ -17,7 +17,7 @@ from parts.check_attention import Parts, operator_of, pool_of
 from parts.machine import Setup
 from parts.record import Recorder
 
-LENGTHS = (1500, 40, 1100)
+LENGTHS = (2500, 40, 1100)
 STEPS: tuple[Parts, ...] = (
     ((0, 1499, 1),),
     ((0, 511, 1),),
@@ -25,6 +25,7 @@ STEPS: tuple[Parts, ...] = (
     ((1, 3, 2), (0, 1030, 3)),
     ((1, 0, 20), (0, 700, 800), (1, 20, 9)),
     ((2, 0, 1100), (0, 0, 700)),
+    ((2, 0, 1100), (0, 2499, 1), (1, 39, 1)),
     (*((1, 39, 1) for _ in range(200)), (0, 1000, 1)),
 )
 QUICK: tuple[Parts, ...] = (((0, 69, 1),), ((1, 3, 2), (0, 30, 3)), ((0, 20, 40), (1, 0, 9)))
@@ -63,12 +64,13 @@ def bytes_of(
     """Rows of sequence 0 in each of the steps, beside those of its whole prefill."""
     lengths = (70, 40) if setup.quick else LENGTHS
     pool = pool_of(setup, operator, cached, lengths)
-    q, arrays = pool.step(((0, 0, lengths[0]),), dtype)
-    whole = kernels.attention(q, pool.cache, arrays, operator, True)
+    rounded = query_dtype(dtype, cached)
+    q, arrays = pool.step(((0, 0, lengths[0]),), rounded)
+    whole = kernels.attention(q, pool.cache, arrays, operator, dtype, True)
     worst = 0.0
     for parts in QUICK if setup.quick else STEPS:
-        q, arrays = pool.step(parts, dtype)
-        actual = kernels.attention(q, pool.cache, arrays, operator, True)
+        q, arrays = pool.step(parts, rounded)
+        actual = kernels.attention(q, pool.cache, arrays, operator, dtype, True)
         row = 0
         for sequence, start, count in parts:
             if sequence == 0:
@@ -84,15 +86,15 @@ def hidden(setup: Setup, kernels: Kernels, operator: PagedAttention, determinist
     pool = pool_of(setup, operator, F16, (700, 5))
     worst = 0.0
     for part in ((0, 660, 40), (0, 699, 1)):
-        q, arrays = pool.step((part,), BF16)
-        expected = kernels.attention(q, pool.cache, arrays, operator, deterministic)
+        q, arrays = pool.step((part,), F16)
+        expected = kernels.attention(q, pool.cache, arrays, operator, BF16, deterministic)
         below = part[1] - 50 + 1
         for position in range(below):
             block = int(pool.tables[0, position // 16])
             pool.cache.values[block, :, :, position % 16] = torch.nan
         pool.tables[0, : below // 16] = 0
-        q, arrays = pool.step((part,), BF16)
-        actual = kernels.attention(q, pool.cache, arrays, operator, deterministic)
+        q, arrays = pool.step((part,), F16)
+        actual = kernels.attention(q, pool.cache, arrays, operator, BF16, deterministic)
         worst = max(worst, unlike(actual, expected))
         if not bool(actual.isfinite().all()):
             return torch.inf

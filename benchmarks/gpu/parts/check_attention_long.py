@@ -11,7 +11,7 @@ from octavo.backends.torch.kernels import Kernels, LayerCache, StepArrays
 from octavo.backends.torch.plain.table import KERNELS as PLAIN
 from octavo.backends.torch.tables import choose_kernels
 from octavo.graph.ops import PagedAttention
-from parts.check import BF16, F16, Checks, error_of, generator
+from parts.check import BF16, F16, F32, Checks, error_of, generator
 from parts.check_attention import TOLERANCE, operator_of
 from parts.machine import Setup
 from parts.record import Recorder
@@ -84,8 +84,9 @@ def step_of(
         block_tables=table,
         max_query_len=count,
         max_seq_len=context,
+        max_decode_len=context if count == 1 else 0,
     )
-    return q.to(BF16), arrays
+    return q.to(F16), arrays
 
 
 def error(
@@ -96,6 +97,6 @@ def error(
 ) -> float:
     """By the tolerance of other contexts, of the greatest value."""
     (q, arrays), (cache, operator) = step, layer
-    actual = kernels.attention(q, cache, arrays, operator, deterministic)
-    expected = PLAIN.attention(q.float(), cache, arrays, operator, True)
+    actual = kernels.attention(q, cache, arrays, operator, BF16, deterministic)
+    expected = PLAIN.attention(q.float(), cache, arrays, operator, F32, True)
     return error_of(actual, expected, TOLERANCE[BF16] * float(expected.abs().max()))

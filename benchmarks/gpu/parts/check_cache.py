@@ -81,7 +81,7 @@ def writes(setup: Setup, kernels: Kernels, case: Case) -> float:
     slots[5], slots[tokens - 1] = -1, -1
     positions = torch.randint(0, POSITIONS, (tokens,), generator=random, device=device).int()
     none = torch.zeros(0, dtype=torch.int32, device=device)
-    arrays = StepArrays(positions, slots, none, none, none.reshape(0, 0), tokens, POSITIONS)
+    arrays = StepArrays(positions, slots, none, none, none.reshape(0, 0), tokens, POSITIONS, 0)
     ours, theirs = cache_of(setup, case), cache_of(setup, case)
     actual = kernels.rope_write(q, k, v, table, arrays, ours, factors)
     expected = PLAIN.rope_write(q, k, v, table, arrays, theirs, factors)

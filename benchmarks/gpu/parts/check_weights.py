@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.backends.torch import weights
+from octavo.backends.torch.uploads import Uploads
 from octavo.graph.tensors import GroupedTensor
 from octavo.weights.formats.layout import BlockLayout
 from octavo.weights.formats.registry import BLOCKS
@@ -16,7 +17,6 @@ from parts.check import BF16, F32, Checks, unlike
 from parts.machine import Setup
 from parts.record import Recorder
 
-CPU = torch.device("cpu")
 ROWS, PER_ROW = 67, 3
 
 
@@ -44,10 +44,10 @@ def tensor_of(layout: BlockLayout) -> GroupedTensor:
 
 
 def packed(setup: Setup, tensor: GroupedTensor) -> float:
-    """Words, scales, minimums and factors; then what they mean."""
-    ours, theirs = (weights.pack_grouped(tensor, device) for device in (setup.device, CPU))
+    """Words, scales and factors; then what they mean."""
+    uploads = Uploads(setup.device), Uploads(torch.device("cpu"))
+    ours, theirs = (weights.pack_grouped(tensor, to) for to in uploads)
     names = ("codes", "scales", "factors")
-    names += ("minimums",) if theirs.minimums is not None else ()
     pairs = [(getattr(ours, name), getattr(theirs, name)) for name in names]
     pairs.append((weights.unpack_grouped(ours), weights.unpack_grouped(theirs)))
     return all_unlike(pairs)
@@ -56,7 +56,8 @@ def packed(setup: Setup, tensor: GroupedTensor) -> float:
 def dense(setup: Setup, tensor: GroupedTensor) -> float:
     """In floating point, which float32 holds exactly as numpy computes it."""
     exact = torch.from_numpy(tensor.dequantize())
-    pairs = [(weights.dense(tensor, dtype, setup.device), exact.to(dtype)) for dtype in (F32, BF16)]
+    uploads = Uploads(setup.device)
+    pairs = [(weights.dense(tensor, dtype, uploads), exact.to(dtype)) for dtype in (F32, BF16)]
     return all_unlike(pairs)
 
 

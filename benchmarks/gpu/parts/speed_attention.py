@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from octavo.backends.torch.cache import KVCache
-from octavo.backends.torch.kernels import StepArrays
+from octavo.backends.torch.cache import DTYPES, KVCache
+from octavo.backends.torch.kernels import StepArrays, query_dtype
 from octavo.backends.torch.tables import choose_kernels
 from octavo.graph.ops import PagedAttention
 from octavo.graph.trace import CacheDtype, CacheGroup
@@ -132,11 +132,12 @@ def calls_of(setup: Setup, case: Case) -> list[Callable[[], torch.Tensor]]:
             layer.scales.fill_(0.05)
     tokens = case.batch * case.count
     dtype = torch.bfloat16 if setup.is_gpu else torch.float32
-    q = torch.randn((tokens, case.heads * 128), device=device).to(dtype)
+    q = torch.randn((tokens, case.heads * 128), device=device)
+    q = q.to(query_dtype(dtype, DTYPES[case.cache_dtype]))
     kernels = choose_kernels(setup.table, device)
     arrays = _arrays(case, width, device)
     return [
-        partial(kernels.attention, q, layer, arrays, case.operator, False)
+        partial(kernels.attention, q, layer, arrays, case.operator, dtype, False)
         for layer in cache.layers.values()
     ]
 
@@ -157,4 +158,5 @@ def _arrays(case: Case, width: int, device: torch.device) -> StepArrays:
         block_tables=put(tables),
         max_query_len=case.count,
         max_seq_len=case.context,
+        max_decode_len=case.context if case.count == 1 else 0,
     )

@@ -155,14 +155,16 @@ def put_step(
         sampled = last_tokens[(-1 - ids).clamp_min(0)]
         # A row whose logits were broken has sampled -1; what follows it is thrown away.
         torch.where(ids < 0, sampled.clamp_min(0), ids, out=ids)
+    counts = np.diff(batch.query_start_loc)
     step = StepArrays(
         positions=positions,
         slots=slots_there,
         starts=starts,
         seq_lens=seq_lens,
         block_tables=tables,
-        max_query_len=int(np.diff(batch.query_start_loc).max(initial=0)),
+        max_query_len=int(counts.max(initial=0)),
         max_seq_len=int(batch.seq_lens.max(initial=0)),
+        max_decode_len=int(batch.seq_lens.max(initial=0, where=counts == 1)),
     )
     return step, ids, rows
 

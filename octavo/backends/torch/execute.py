@@ -146,7 +146,9 @@ class GraphExecutor:
         angles = None if call.inv_freq is None else self._weights.angles[call.inv_freq]
         factors = self._weights.key_factors.get(call.operator)
         rotated = self.kernels.rope_write(query, key, value, angles, step, cache, factors)
-        return self.kernels.attention(rotated, cache, step, call.operator, self._deterministic)
+        return self.kernels.attention(
+            rotated, cache, step, call.operator, self.dtype, self._deterministic
+        )
 
 
 def _embed(table: Tensor, token_ids: Tensor, scale: float) -> Tensor:

@@ -131,7 +131,8 @@ class DecodeGraphs:
     def _compute(self, step: StepArrays, ids: Tensor, rows: Tensor) -> None:
         """Compute a step into the logits that all sizes share."""
         # What is captured serves every step of this size.
-        step = replace(step, max_seq_len=step.block_tables.shape[1] * self._block_size)
+        longest = step.block_tables.shape[1] * self._block_size
+        step = replace(step, max_seq_len=longest, max_decode_len=longest)
         logits = self._executor.run(step, ids, rows, {}, {"logits"})["logits"]
         if self._logits is None:
             shape = (self._most_rows, logits.shape[1])

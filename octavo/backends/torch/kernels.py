@@ -58,6 +58,7 @@ class StepArrays:
         block_tables: [B, M] int32.
         max_query_len: the most tokens of one sequence in this step.
         max_seq_len: the greatest of seq_lens, or a bound of them.
+        max_decode_len: the same of the sequences with one token; 0 without any.
     """
 
     positions: Tensor
@@ -67,6 +68,7 @@ class StepArrays:
     block_tables: Tensor
     max_query_len: int
     max_seq_len: int
+    max_decode_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,20 @@ class LayerCache:
 
     values: Tensor
     scales: Tensor | None
+
+
+def query_dtype(computed: torch.dtype, cached: torch.dtype) -> torch.dtype:
+    """The dtype of rotated queries, which scores are computed in.
+
+    Args:
+        computed: the dtype of activations.
+        cached: that of the values of the cache. Codes are exact in any; float16 holds bfloat16
+            exactly within its range, far beyond that of queries and keys.
+    """
+    dtypes = {computed} if cached.itemsize == 1 else {computed, cached}
+    if torch.float32 in dtypes:
+        return torch.float32
+    return torch.float16 if torch.float16 in dtypes else torch.bfloat16
 
 
 class Quantized(NamedTuple):
@@ -216,12 +232,14 @@ class Kernels:
         gated: (gate, up, activation, quantize or None) → activation(gate) * up, [T, F].
         quantize: (x [T, F], mode) → Quantized.
         rope_write: (q [T, heads * D], k and v [T, kv_heads * D], table or None, arrays, cache,
-            factors or None) → the rotated q, contiguous. Rotates q and k by the table float32
-            [max_model_len, D] (cosines, then sines, of D / 2 angles each; None: no rotation) at
-            their positions, then writes k and v to their slots. With a cache of codes, each head of
-            a token is one group of its own (int8 or fp8 as in Quantized), and factors, float32
-            [kv_heads, D], divide k (by multiplication with 1 / factor) and multiply q.
-        attention: (q [T, heads * D], cache, arrays, operator, deterministic) → [T, heads * D].
+            factors or None) → the rotated q, contiguous, rounded once, to query_dtype. Rotates q
+            and k by the table float32 [max_model_len, D] (cosines, then sines, of D / 2 angles
+            each; None: no rotation) at their positions, then writes k and v to their slots. With a
+            cache of codes, each head of a token is one group of its own (int8 or fp8 as in
+            Quantized), and factors, float32 [kv_heads, D], divide k (by multiplication with 1 /
+            factor) and multiply q.
+        attention: (q [T, heads * D] as rope_write returns it, cache, arrays, operator, dtype of the
+            result, deterministic) → [T, heads * D].
         matmul: (x [T, K], weight [N, K] of x's dtype, bias of x's dtype [N] or None) → [T, N], each
             row in the same order of sums whatever T.
         linear: the same, in whatever order of sums is fast for this T.
@@ -238,7 +256,9 @@ class Kernels:
     rope_write: Callable[
         [Tensor, Tensor, Tensor, Tensor | None, StepArrays, LayerCache, Tensor | None], Tensor
     ]
-    attention: Callable[[Tensor, LayerCache, StepArrays, op.PagedAttention, bool], Tensor]
+    attention: Callable[
+        [Tensor, LayerCache, StepArrays, op.PagedAttention, torch.dtype, bool], Tensor
+    ]
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     grouped_linear: Callable[[Tensor, GroupedWeight, Tensor | None, bool], Tensor]

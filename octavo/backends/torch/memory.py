@@ -51,10 +51,10 @@ def largest_steps(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]
 def steps_to_load(limits: CompileOptions) -> Iterator[tuple[Batch, SamplingRows]]:
     """Steps that kernels are compiled or loaded for, which would make requests wait.
 
-    Products have tiles for 1 token, up to 16, 64, 256 and more, attention for 1, up to 2, 4 ... 64
-    rows of a kv head, and more.
+    Products have tiles for 1 token, up to 16, 64, 256 and more, attention for up to 16 and 64 rows
+    of a kv head, and more.
     """
-    for number, tokens in enumerate((1, 2, 3, 5, 9, 17, 33, 65, 257)):
+    for number, tokens in enumerate((1, 2, 8, 17, 65, 257)):
         if tokens <= min(limits.max_num_tokens, limits.max_model_len):
             batch = empty_step(np.array([tokens]), tokens, limits)
             is_filtered, wanted = number % 2 == 1, 20 if number // 2 % 2 else -1

@@ -13,13 +13,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from octavo.backends.reference import operators
-from octavo.backends.torch.kernels import LayerCache, StepArrays
+from octavo.backends.torch.kernels import LayerCache, StepArrays, query_dtype
 from octavo.backends.torch.plain import attention as plain
 from octavo.backends.torch.triton import attention as ragged
 from octavo.backends.torch.triton import attention_shapes, attention_split
 from octavo.graph.ops import PagedAttention
 
-Attention = Callable[[torch.Tensor, LayerCache, StepArrays, PagedAttention, bool], torch.Tensor]
+Attention = Callable[
+    [torch.Tensor, LayerCache, StepArrays, PagedAttention, torch.dtype, bool], torch.Tensor
+]
 F32, F16, BF16, INT8, FP8 = (
     torch.float32,
     torch.float16,
@@ -137,6 +139,9 @@ class Pool:
             block_tables=torch.stack(tables),
             max_query_len=max(counts),
             max_seq_len=max(seq_lens),
+            max_decode_len=max(
+                (n for n, c in zip(seq_lens, counts, strict=True) if c == 1), default=0
+            ),
         )
         return torch.stack(rows).to(dtype)[:, :features], arrays
 
@@ -172,8 +177,8 @@ def check(
     dtype: torch.dtype,
     deterministic: bool = False,
 ) -> None:
-    q, arrays = pool.step(parts, dtype)
-    actual = attention(q, pool.cache, arrays, pool.operator, deterministic)
+    q, arrays = pool.step(parts, query_dtype(dtype, pool.cache.values.dtype))
+    actual = attention(q, pool.cache, arrays, pool.operator, dtype, deterministic)
     expected = pool.expected(q, arrays)
     assert actual.dtype == dtype
     assert actual.is_contiguous()
@@ -283,7 +288,7 @@ def test_bytes_depend_on_no_other_row(
     operator = operator_of(2, 1, 16, window=window)
     pool = Pool.of([150, 40], cached, operator)
     q, arrays = pool.step([(0, 0, 150)], F32)
-    whole = attention(q, pool.cache, arrays, operator, True)
+    whole = attention(q, pool.cache, arrays, operator, q.dtype, True)
     steps: list[list[tuple[int, int, int]]] = [
         [(0, 149, 1)],
         [(1, 39, 1), (0, 128, 1), (-1, 0, 1)],
@@ -292,12 +297,63 @@ def test_bytes_depend_on_no_other_row(
     ]
     for parts in steps:
         q, arrays = pool.step(parts, F32)
-        actual = attention(q, pool.cache, arrays, operator, True)
+        actual = attention(q, pool.cache, arrays, operator, q.dtype, True)
         row = 0
         for sequence, start, count in parts:
             if sequence == 0:
                 assert torch.equal(actual[row : row + count], whole[start : start + count])
             row += count
+
+
+@pytest.mark.parametrize(
+    ("cached", "window", "deterministic"), [(F16, None, False), (INT8, None, True), (F16, 90, True)]
+)
+def test_long_contexts_of_single_tokens_are_split_beside_prompts(
+    monkeypatch: pytest.MonkeyPatch, cached: torch.dtype, window: int | None, deterministic: bool
+) -> None:
+    """The prompt's rows and those of the others are each written by one kernel, with its bytes."""
+    monkeypatch.setattr(attention_split, "LANES", tl.constexpr(4))
+    operator = operator_of(4, 1, 16, window=window)
+    pool = Pool.of([300, 90, 1, 171, 20], cached, operator)
+    parts = [(1, 50, 40), (-1, 0, 1), (0, 299, 1), (4, 18, 2), (2, 0, 1), (3, 170, 1)]
+    q, arrays = pool.step(parts, F16)
+    alone = ragged.attention(q, pool.cache, arrays, operator, F16, deterministic)
+    launched = []
+
+    def launch(*args: Any) -> None:
+        launched.append(args)
+        attention_split.launch_split(*args)
+
+    monkeypatch.setattr(ragged, "launch_split", launch)
+    most = window or 300
+    for least, is_split in ((most, False), (most - 1, True)):
+        monkeypatch.setattr(ragged, "LEAST_SPLIT_LEN", least)
+        check(ragged.attention, pool, parts, F16, deterministic)
+        assert bool(launched) == is_split
+    if deterministic:
+        together = ragged.attention(q, pool.cache, arrays, operator, F16, True)
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(1, True), (2, True), (16, False)])
+def test_parts_take_little_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, fits: bool) -> None:
+    """A long context beside a short prompt; what is too much for parts has the same bytes."""
+    operator = operator_of(4, 1, 16)
+    pool = Pool.of([300, 20], F16, operator)
+    q, arrays = pool.step([(0, 299, 1), (1, 20 - tokens, tokens)], F16)
+    expected = ragged.attention(q, pool.cache, arrays, operator, q.dtype, True)
+    launched = []
+
+    def launch(*args: Any) -> None:
+        launched.append(args)
+        attention_split.launch_split(*args)
+
+    monkeypatch.setattr(ragged, "launch_split", launch)
+    # 5 segments of each of 2 sequences, 4 heads of 16 numbers.
+    monkeypatch.setattr(attention_split, "MOST_PARTIAL_BYTES", 2 * 10 * 4 * 16 * 4)
+    actual = ragged.attention(q, pool.cache, arrays, operator, q.dtype, True)
+    assert bool(launched) == fits
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -312,7 +368,7 @@ def test_nothing_before_the_window_is_read(
     operator = operator_of(2, 1, 16, window=50)
     pool = Pool.of([170], cached, operator)
     q, arrays = pool.step([part], F16)
-    expected = attention(q, pool.cache, arrays, operator, deterministic)
+    expected = attention(q, pool.cache, arrays, operator, q.dtype, deterministic)
     assert torch.isfinite(expected).all()
     below = part[1] - operator.window + 1
     faulty = pool.cache.values if pool.cache.scales is None else pool.cache.scales
@@ -321,7 +377,7 @@ def test_nothing_before_the_window_is_read(
     # Blocks that lie before it as a whole may have been given away.
     pool.tables[0, : below // 16] = 0
     q, arrays = pool.step([part], F16)
-    actual = attention(q, pool.cache, arrays, operator, deterministic)
+    actual = attention(q, pool.cache, arrays, operator, q.dtype, deterministic)
     assert torch.equal(actual, expected)
 
 
@@ -334,7 +390,7 @@ def test_a_fault_of_codes_is_seen_by_what_sees_it(attention: Attention, which: i
     pool.cache.scales[pool.tables[0, 1], which, 0, 4] = torch.nan  # position 20
     q, arrays = pool.step([(0, 0, 40)], F32)
     for deterministic in (False, True):
-        actual = attention(q, pool.cache, arrays, operator, deterministic).view(40, 4, 16)
+        actual = attention(q, pool.cache, arrays, operator, q.dtype, deterministic).view(40, 4, 16)
         assert actual[20:, :2].isnan().all()
         assert torch.isfinite(actual[:20]).all()
         assert torch.isfinite(actual[:, 2:]).all(), "the other kv head"

@@ -99,6 +99,7 @@ def arrays() -> StepArrays:
         none.reshape(0, 0),
         4,
         32,
+        0,
     )
 
 
@@ -143,6 +144,32 @@ def test_rotates_and_writes(
     expected = case.rotated(case.k, kv_heads)[WRITTEN]
     np.testing.assert_allclose(keys.reshape(len(WRITTEN), -1), expected, **close)
     np.testing.assert_array_equal(values.reshape(len(WRITTEN), -1), case.v[WRITTEN].float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "query_dtype"),
+    [
+        (torch.float32, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.int8, torch.bfloat16),
+        (torch.float16, torch.float8_e4m3fn, torch.float16),
+    ],
+)
+def test_queries_are_rounded_once_to_what_scores_are_computed_in(
+    rope_write: Callable[..., Tensor],
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    query_dtype: torch.dtype,
+) -> None:
+    case = Case.random(dtype)
+
+    out = rope_write(case.q, case.k, case.v, case.table(), arrays(), case.cache(cache_dtype), None)
+
+    assert out.is_contiguous() and out.dtype == query_dtype
+    close = {"rtol": torch.finfo(query_dtype).eps / 2 + 1e-6, "atol": 1e-6}
+    np.testing.assert_allclose(out.float().numpy(), case.rotated(case.q, case.heads), **close)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16])

@@ -14,6 +14,7 @@ def attention(
     cache: LayerCache,
     arrays: StepArrays,
     operator: op.PagedAttention,
+    dtype: torch.dtype,
     deterministic: bool,
 ) -> Tensor:
     """Causal attention of each row over its sequence's cache; see `Kernels.attention`.
@@ -21,7 +22,7 @@ def attention(
     In float64 and of one row at a time, whose shapes are those of what it sees: always
     deterministic.
     """
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     heads = (operator.num_kv_heads, -1, operator.head_dim)
     starts = arrays.starts.tolist()
     for b, length in enumerate(arrays.seq_lens.tolist()):
@@ -35,7 +36,7 @@ def attention(
             low = 0 if operator.window is None else max(0, position - operator.window + 1)
             seen = slice(low - lowest, position + 1 - lowest)
             result = attend(q[row].double().view(heads), keys[:, seen], values[:, seen], operator)
-            out[row] = result.reshape(-1).to(q.dtype)
+            out[row] = result.reshape(-1).to(dtype)
     return out
 
 

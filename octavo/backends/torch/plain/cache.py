@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.backends.torch.kernels import LayerCache, StepArrays
+from octavo.backends.torch.kernels import LayerCache, StepArrays, query_dtype
 from octavo.backends.torch.plain.rows import to_codes
 
 
@@ -29,7 +29,7 @@ def rope_write(
         keys = keys * (1 / factors)
     for kind, x in enumerate((keys, values)):
         _write(x, kind, arrays.slots.long(), cache)
-    return queries.flatten(1).to(q.dtype).contiguous()
+    return queries.flatten(1).to(query_dtype(q.dtype, cache.values.dtype)).contiguous()
 
 
 def copy_blocks(pool: Tensor, pairs: Tensor) -> None:

@@ -2,8 +2,10 @@
 
 Rows of a tile are the heads of one kv head for some tokens of one sequence; tiles of keys stand at
 absolute positions, multiples of BLOCK_N, gathered block by block. Steps whose tokens fit into one
-tile a sequence take attention_split.py, all others the ragged kernel here, whose tiles find their
-sequence by counting, so that sequences of any lengths share a launch and the host need not wait.
+tile a sequence take attention_split.py (if the results of parts fit into 256 MiB, or each sequence
+has one token), all others the ragged kernel here, whose tiles find their sequence by counting, so
+that sequences of any lengths share a launch and the host need not wait. Where such a step has
+single tokens with long contexts, these take attention_split.py, and the ragged kernel the rest.
 
 Deterministic: both kernels have the same tiles, and both cut what a row sees at the multiples of
 SEGMENT, start the softmax anew in each segment and merge the segments in ascending order. So a row
@@ -12,11 +14,18 @@ whole prefill: its bytes do not depend on what stands beside it. It costs the la
 the smaller one in prefill, and there a second accumulator. Otherwise each kernel has the tiles that
 suit it best, one softmax over all of a row, and as many parts in decode as keep the device busy.
 
+Tiles on Hopper are chosen by generated code (Triton 3.6): 128 rows (64 if deterministic) with five
+stages, which keep a tile of keys on its way, wgmma that is never waited for one by one, and queries
+in the dtype of products, which stay in shared memory. `benchmarks/gpu/parts/attention_tiles.py` has
+a device compare the alternatives; until one has run, all of it is a prediction.
+
 Limits on an H200: decode reads K and V once, 4.3 TB/s; prefill is 4 * head_dim operations a pair
 of query and key, at 780 TFLOP/s.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -26,13 +35,14 @@ from torch import Tensor
 from octavo.backends.torch.kernels import LayerCache, StepArrays
 from octavo.backends.torch.triton.attention_shapes import (
     MOST_SPLIT_ROWS,
+    Shape,
     cache_strides,
     cache_tensors,
     choose_shape,
     device_of,
     score_factors,
 )
-from octavo.backends.torch.triton.attention_split import launch_split
+from octavo.backends.torch.triton.attention_split import fits_split, launch_split
 from octavo.backends.torch.triton.attention_tiles import (
     LANES,
     UNSEEN,
@@ -42,6 +52,10 @@ from octavo.backends.torch.triton.attention_tiles import (
     rows_of_tile,
 )
 from octavo.graph import ops as op
+
+LEAST_SPLIT_LEN = 2048
+"""Of what a single token sees: more than that is split beside prompts too, for walking it in one
+program would take longer than two more launches."""
 
 
 @triton.jit
@@ -56,7 +70,7 @@ def sequence_of_tile(starts, num_sequences, tile, TOKENS: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_sequences"])
+@triton.jit(do_not_specialize=["table_stride", "num_sequences", "least_query_len"])
 def ragged_kernel(
     query,
     values,
@@ -70,6 +84,7 @@ def ragged_kernel(
     scale_stride,
     table_stride,
     num_sequences,
+    least_query_len,
     scale,
     cap_scale,
     NUM_HEADS: tl.constexpr,
@@ -89,21 +104,26 @@ def ragged_kernel(
     P_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attention of the rows of one tile; grid (tiles of all sequences, tiles of heads)."""
+    """Attention of the rows of one tile; grid (tiles of all sequences * tiles of heads).
+
+    Sequences with fewer tokens than least_query_len are left out.
+    """
     TOKENS: tl.constexpr = BLOCK_M // HEADS
-    # The last tiles, which see most, go first: what is left to the end is short.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    HEAD_TILES: tl.constexpr = KV_HEADS * tl.cdiv(NUM_HEADS // KV_HEADS, HEADS)
+    # The last tiles, which see most, go first, of all heads: what is left to the end is short.
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEAD_TILES
     b = sequence_of_tile(starts, num_sequences, tile, TOKENS)
     token = tl.load(starts + b)
     end_token = tl.load(starts + b + 1)
+    query_len = end_token - token
     skipped = (tile - (token // TOKENS + b)) * TOKENS
-    first = tl.load(seq_lens + b) - (end_token - token) + skipped
+    first = tl.load(seq_lens + b) - query_len + skipped
     token += skipped
     tokens = tl.minimum(end_token - token, TOKENS)
-    if tokens <= 0:
+    if (tokens <= 0) | (query_len < least_query_len):
         return
     kv_head, offset, head, exists = rows_of_tile(
-        tl.program_id(1), NUM_HEADS, KV_HEADS, HEADS, BLOCK_M
+        tl.program_id(0) % HEAD_TILES, NUM_HEADS, KV_HEADS, HEADS, BLOCK_M
     )
     dim = tl.arange(0, DIM)
     rows = (token + offset).to(tl.int64)
@@ -149,21 +169,33 @@ def attention(
     cache: LayerCache,
     arrays: StepArrays,
     operator: op.PagedAttention,
+    dtype: torch.dtype,
     deterministic: bool,
 ) -> Tensor:
     """Causal attention of each row over its sequence's cache; see `Kernels.attention`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tokens = min(arrays.max_query_len, MOST_SPLIT_ROWS + 1)
-    cached, block_size = cache.values.dtype, cache.values.shape[3]
-    shape = choose_shape(
-        operator, q.dtype, cached, block_size, tokens, deterministic, device_of(q.device)
-    )
-    if shape.split:
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    _, _, _, block_size, _ = cache.values.shape
+    device = device_of(q.device)
+
+    def shape_of(tokens: int) -> Shape:
+        return choose_shape(
+            operator, q.dtype, cache.values.dtype, block_size, tokens, deterministic, device
+        )
+
+    shape = shape_of(min(arrays.max_query_len, MOST_SPLIT_ROWS + 1))
+    if fits_split(arrays, shape):
         launch_split(q, cache, arrays, operator, shape, out)
         return out
+    least_query_len = 1
+    longest = arrays.max_decode_len
+    if min(longest, operator.window or longest) > LEAST_SPLIT_LEN:
+        decodes = replace(arrays, max_query_len=1, max_seq_len=longest)
+        launch_split(q, cache, decodes, operator, shape_of(1), out)
+        least_query_len = 2
+    shape = shape_of(MOST_SPLIT_ROWS + 1)
     num_sequences = len(arrays.seq_lens)
     tile = shape.constants["BLOCK_M"] // shape.constants["HEADS"]
-    ragged_kernel[len(q) // tile + num_sequences, shape.head_tiles](
+    ragged_kernel[((len(q) // tile + num_sequences) * shape.head_tiles,)](
         q,
         *cache_tensors(cache, shape),
         arrays.block_tables,
@@ -174,6 +206,7 @@ def attention(
         *cache_strides(cache),
         arrays.block_tables.stride(0),
         num_sequences,
+        least_query_len,
         *score_factors(operator),
         **shape.constants,
         **shape.options,

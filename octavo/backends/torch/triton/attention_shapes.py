@@ -20,7 +20,7 @@ SEGMENT = 512
 """Positions after which a deterministic softmax starts anew."""
 MOST_SPLIT_ROWS = 64
 """Rows of a sequence that caches are split for: more of them fill a device as they are."""
-MERGE_OPTIONS = {"num_warps": 1, **FP_FUSION}
+MERGE_OPTIONS = {"num_warps": 4, **FP_FUSION}
 LOG2_E = math.log2(math.e)
 
 
@@ -90,22 +90,24 @@ class Case:
 
 
 def ragged_tiles(case: Case) -> Tiles:
-    """The tiles of the ragged kernel.
+    """The tiles of the ragged kernel: what registers hold.
 
-    They are what registers hold. On Hopper with a head_dim up to 128, two programs of 128 registers
-    a thread share a processor, so that one's matrix instructions run beside the other's softmax.
+    On Hopper loads that wait for block ids take two stages: five of them keep a tile on its way,
+    three none. Up to a head_dim of 64, two programs of 128 registers a thread share a processor;
+    beyond, such a bound makes ptxas wait for each wgmma.
     """
     hopper = case.capability == 90
     stages = 3 if case.capability else 2
     warps = 4 if case.dim <= 128 else 8
     if case.wide:
         return Tiles(32, 32, 4, stages)
+    stages = 5 if hopper else stages
     if case.deterministic:
         roomy = case.dim <= 64 or (hopper and case.dim <= 128 and case.itemsize > 1)
         return Tiles(64, 64 if roomy else 32, warps, stages)
     if hopper:
-        shared = case.dim <= 128 and case.itemsize > 1
-        return Tiles(128, 64, 8, stages, 128 if shared else None)
+        shared = case.dim <= 64 and case.itemsize > 1
+        return Tiles(128, 64 if case.dim <= 128 else 32, 8, stages, 128 if shared else None)
     if case.dim > 128:
         return Tiles(64, 32, warps, stages)
     return Tiles(128, 64 if case.dim <= 64 or case.capability >= 100 else 32, 8, stages)
@@ -118,29 +120,15 @@ def split_tiles(case: Case, rows: int) -> Tiles | None:
         return None
     if case.deterministic:
         return tiles
-    # Numbers enough for one trip to pay, few enough for two programs to share a processor. Loads
-    # that wait for block ids take two stages: five of them keep a tile on its way.
+    warps = 4 if case.dim <= 128 else 8
+    # Numbers enough for one trip to pay, few enough for two programs to share a processor.
     keys = max(32, 16384 // (case.dim * max(2, case.itemsize)))
-    rows = max(16, triton.next_power_of_2(rows))
-    if case.capability == 90 and case.itemsize == 1 and not case.wide:
-        rows = 64  # wgmma: codes become numbers once, in the order that they lie in.
-    return Tiles(rows, keys, 4, 5 if case.capability else 2)
-
-
-def product_dtypes(
-    query: torch.dtype, cached: torch.dtype, codes: bool
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the products of scores and of values.
-
-    float16 holds bfloat16 exactly within its range, far beyond that of queries and keys; codes are
-    exact in both. But weights times the scales of codes may be below its range.
-    """
-    dtypes = {query} if codes else {query, cached}
-    if torch.float32 in dtypes:
-        return torch.float32, torch.float32
-    if torch.float16 not in dtypes:
-        return torch.bfloat16, torch.bfloat16
-    return torch.float16, torch.bfloat16 if codes else torch.float16
+    # Two heights are all that is to be loaded before requests come, and one between would save
+    # little: on Hopper 64 rows are one wgmma, for which codes become numbers once, in the order
+    # that they lie in.
+    is_low = rows <= 16 and (case.capability != 90 or case.itemsize > 1 or case.wide)
+    height = 16 if is_low else min(tiles.rows, MOST_SPLIT_ROWS)
+    return Tiles(height, keys, 4 if is_low else warps, 5 if case.capability else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +166,22 @@ def choose_shape(
     deterministic: bool,
     device: Device,
 ) -> Shape:
-    """The launch for these dtypes and sizes; `tokens` is the greatest number of a sequence's."""
+    """The launch for these dtypes and sizes.
+
+    Args:
+        operator: whose heads and window count.
+        query: the dtype of queries, of both products but for the weights of codes.
+        cached: that of the cache.
+        block_size: of the cache.
+        tokens: the greatest number of a sequence's.
+        deterministic: see `Kernels.attention`.
+        device: what is launched on.
+    """
     dim = max(16, triton.next_power_of_2(operator.head_dim))
     codes = cached.itemsize == 1
-    products, weighted = product_dtypes(query, cached, codes)
-    case = Case(dim, cached.itemsize, products == torch.float32, deterministic, device.capability)
+    # Weights times the scales of codes may be below the range of float16.
+    weighted = torch.bfloat16 if codes and query == torch.float16 else query
+    case = Case(dim, cached.itemsize, query == torch.float32, deterministic, device.capability)
     group = operator.num_heads // operator.num_kv_heads
     heads = min(group, ragged_tiles(case).rows, MOST_SPLIT_ROWS)
     split = split_tiles(case, heads * tokens)
@@ -202,7 +201,7 @@ def choose_shape(
         "SOFT_CAP": operator.soft_cap is not None,
         "CODES": codes,
         "FP8_BITS": cached == torch.float8_e4m3fn and not device.reads_fp8,
-        "DTYPE": device.name(products),
+        "DTYPE": device.name(query),
         "P_DTYPE": device.name(weighted),
         "PRECISION": "tf32x3" if case.wide and device.capability else "ieee",
     }

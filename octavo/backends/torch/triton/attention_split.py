@@ -1,9 +1,12 @@
-"""Attention of steps with few tokens a sequence: the cache is split among programs, then merged.
+"""Attention of sequences with few tokens: the cache is split among programs, then merged.
 
 The parts of all sequences are one list, so that a batch of unequal sequences fills the device as
 evenly as one of equals; a program finds its part by counting, for the host knows no lengths. With
 SEGMENT a part is what lies between two multiples of it. Else (0) the device divides what is to be
 read among `slots` parts, about as many as it can work at at once.
+
+Tiles have 16 rows, or 64 where a sequence has more, and where Hopper reads codes. What all rows see
+whole is not masked: a branch for each tile, so that the loop needs no second pipeline.
 
 A part is kept as (acc, peak, total) in float32 at [part, token, head], and a second kernel merges
 them in ascending order. A sequence of one part has no need of it: its result is written at once.
@@ -35,29 +38,49 @@ from octavo.backends.torch.triton.attention_tiles import (
 from octavo.graph import ops as op
 
 MERGED_AT_ONCE = tl.constexpr(8)
+"""Parts whose loads do not wait for each other."""
+MERGED_HEADS = tl.constexpr(8)
+"""Of a program that merges: they share its plan."""
 LEAST_TILES = tl.constexpr(2)
 """Of keys in a part, where there is a choice."""
+MOST_PARTIAL_BYTES = 256 << 20
+"""Of the results of parts, for sequences of several tokens."""
 
 
 @triton.jit
-def extent(starts, seq_lens, sequence, inside, ALIGN: tl.constexpr, WINDOW: tl.constexpr):
-    """Begin, a multiple of ALIGN, and end of the positions that the rows of a sequence see."""
+def extent(
+    starts, seq_lens, sequence, inside, max_query_len, ALIGN: tl.constexpr, WINDOW: tl.constexpr
+):
+    """What the rows of sequences see: begin, a multiple of ALIGN, end, and whether it is read.
+
+    It is not if a sequence is none, or has more than max_query_len tokens: then begin is end.
+    """
+    count = tl.load(starts + sequence + 1, mask=inside, other=0)
+    count -= tl.load(starts + sequence, mask=inside, other=0)
     end = tl.load(seq_lens + sequence, mask=inside, other=0)
+    inside = inside & (count <= max_query_len)
+    end = tl.where(inside, end, 0)
     begin = tl.zeros_like(end)
     if WINDOW:
-        count = tl.load(starts + sequence + 1, mask=inside, other=0)
-        count -= tl.load(starts + sequence, mask=inside, other=0)
-        begin = tl.maximum(end - count - WINDOW + 1, 0) // ALIGN * ALIGN
-    return begin, end
+        begin = tl.where(inside, tl.maximum(end - count - WINDOW + 1, 0) // ALIGN * ALIGN, 0)
+    return begin, end, inside
 
 
 @triton.jit
 def count_parts(
-    starts, seq_lens, sequence, num_sequences, length, ALIGN: tl.constexpr, WINDOW: tl.constexpr
+    starts,
+    seq_lens,
+    sequence,
+    num_sequences,
+    max_query_len,
+    length,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """How many parts sequences have: at least one, which writes the rows that pad a step."""
-    inside = sequence < num_sequences
-    begin, end = extent(starts, seq_lens, sequence, inside, ALIGN, WINDOW)
+    begin, end, inside = extent(
+        starts, seq_lens, sequence, sequence < num_sequences, max_query_len, ALIGN, WINDOW
+    )
     return tl.where(inside, tl.maximum(tl.cdiv(end - begin, length), 1), 0)
 
 
@@ -66,6 +89,7 @@ def plan(
     starts,
     seq_lens,
     num_sequences,
+    max_query_len,
     slots,
     SEGMENT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -76,11 +100,14 @@ def plan(
     for first in range(0, num_sequences, LANES):
         sequence = first + tl.arange(0, LANES)
         if SEGMENT:
-            parts = count_parts(starts, seq_lens, sequence, num_sequences, SEGMENT, ALIGN, WINDOW)
+            parts = count_parts(
+                starts, seq_lens, sequence, num_sequences, max_query_len, SEGMENT, ALIGN, WINDOW
+            )
             summed += tl.sum(parts)
         else:
-            inside = sequence < num_sequences
-            begin, end = extent(starts, seq_lens, sequence, inside, ALIGN, WINDOW)
+            begin, end, _ = extent(
+                starts, seq_lens, sequence, sequence < num_sequences, max_query_len, ALIGN, WINDOW
+            )
             summed += tl.sum(end - begin)
     if SEGMENT:
         length = SEGMENT
@@ -93,7 +120,14 @@ def plan(
 
 @triton.jit
 def locate(
-    starts, seq_lens, num_sequences, part, length, ALIGN: tl.constexpr, WINDOW: tl.constexpr
+    starts,
+    seq_lens,
+    num_sequences,
+    max_query_len,
+    part,
+    length,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """The sequence of a part (num_sequences: of none) and the first part of that sequence."""
     found = 0
@@ -101,7 +135,9 @@ def locate(
     before = 0
     for first in range(0, num_sequences, LANES):
         sequence = first + tl.arange(0, LANES)
-        parts = count_parts(starts, seq_lens, sequence, num_sequences, length, ALIGN, WINDOW)
+        parts = count_parts(
+            starts, seq_lens, sequence, num_sequences, max_query_len, length, ALIGN, WINDOW
+        )
         ends = before + tl.cumsum(parts)
         passed = (ends <= part) & (sequence < num_sequences)
         found += tl.sum(passed.to(tl.int32))
@@ -159,14 +195,16 @@ def split_kernel(
     k_at = kv_head * BLOCK_SIZE
     # fmt: off
     length, count = plan(
-        starts, seq_lens, num_sequences, slots, SEGMENT, ALIGN, WINDOW
+        starts, seq_lens, num_sequences, max_query_len, slots, SEGMENT, ALIGN, WINDOW
     )
     for part in range(tl.program_id(0), count, tl.num_programs(0)):
-        b, first_part = locate(starts, seq_lens, num_sequences, part, length, ALIGN, WINDOW)
+        b, first_part = locate(
+            starts, seq_lens, num_sequences, max_query_len, part, length, ALIGN, WINDOW
+        )
         if b < num_sequences:
             token = tl.load(starts + b)
             tokens = tl.load(starts + b + 1) - token
-            begin, end = extent(starts, seq_lens, b, True, ALIGN, WINDOW)
+            begin, end, _ = extent(starts, seq_lens, b, True, max_query_len, ALIGN, WINDOW)
             parts = tl.maximum(tl.cdiv(end - begin, length), 1)
             if not SEGMENT:  # as even as whole tiles can be
                 even = tl.cdiv(tl.cdiv(end - begin, parts), BLOCK_N) * BLOCK_N
@@ -221,28 +259,32 @@ def merge_kernel(
     SEGMENT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Merge the parts of one row of one head; grid (heads, tokens, sequences)."""
+    """Merge the parts of some heads of one token; grid (tiles of heads, tokens, sequences)."""
     ALIGN: tl.constexpr = SEGMENT if SEGMENT else BLOCK_N
-    head = tl.program_id(0)
+    head = tl.program_id(0) * MERGED_HEADS + tl.arange(0, MERGED_HEADS)
+    exists = head < NUM_HEADS
     offset = tl.program_id(1)
     b = tl.program_id(2)
     token = tl.load(starts + b)
     tokens = tl.load(starts + b + 1) - token
-    length, _ = plan(starts, seq_lens, num_sequences, slots, SEGMENT, ALIGN, WINDOW)
-    parts = count_parts(starts, seq_lens, b, num_sequences, length, ALIGN, WINDOW)
+    length, _ = plan(starts, seq_lens, num_sequences, max_query_len, slots, SEGMENT, ALIGN, WINDOW)
+    parts = count_parts(starts, seq_lens, b, num_sequences, max_query_len, length, ALIGN, WINDOW)
     if (offset < tokens) & (parts > 1):
         first_part = 0
         for first in range(0, b, LANES):
             sequence = first + tl.arange(0, LANES)
-            first_part += tl.sum(count_parts(starts, seq_lens, sequence, b, length, ALIGN, WINDOW))
+            before = count_parts(
+                starts, seq_lens, sequence, b, max_query_len, length, ALIGN, WINDOW
+            )
+            first_part += tl.sum(before)
         dim = tl.arange(0, DIM)[None, :]
-        acc = tl.zeros((1, DIM), tl.float32)
-        peak = tl.full((1,), UNSEEN, tl.float32)
-        total = tl.zeros((1,), tl.float32)
+        acc = tl.zeros((MERGED_HEADS, DIM), tl.float32)
+        peak = tl.full((MERGED_HEADS,), UNSEEN, tl.float32)
+        total = tl.zeros((MERGED_HEADS,), tl.float32)
         for base in range(0, parts, MERGED_AT_ONCE):
             for i in tl.static_range(MERGED_AT_ONCE):
-                part = base + i + tl.arange(0, 1)
-                live = part < parts
+                part = base + i
+                live = exists & (part < parts)
                 spots = ((first_part + part).to(tl.int64) * max_query_len + offset) * NUM_HEADS
                 spots += head
                 acc, peak, total = merge(
@@ -259,7 +301,8 @@ def merge_kernel(
                 )
         result = finish(acc, total).to(out.dtype.element_ty)
         place = ((token + offset).to(tl.int64) * NUM_HEADS + head) * HEAD_DIM
-        tl.store(out + place + dim, result, mask=dim < HEAD_DIM)
+        mask = exists[:, None] & (dim < HEAD_DIM)
+        tl.store(out + place[:, None] + dim, result, mask=mask)
 
 
 def launch_split(
@@ -270,14 +313,14 @@ def launch_split(
     shape: Shape,
     out: Tensor,
 ) -> None:
-    """Write the attention of a step whose every sequence fits into one tile to `out`."""
+    """Write the attention of the sequences with at most max_query_len tokens to `out`.
+
+    So many of them fit into a tile; the rows of other sequences stay as they are.
+    """
     num_sequences = len(arrays.seq_lens)
-    slots = shape.slots
-    if 2 * num_sequences > slots:
-        slots *= 2  # Shorter parts, in two rounds: a last one that is not full matters less.
-    parts = most_parts(arrays, shape, slots)
-    whole = parts == num_sequences
-    size = 0 if whole else parts * arrays.max_query_len * operator.num_heads
+    slots = slots_of(shape, num_sequences)
+    parts = most_parts(arrays, shape)
+    size = partial_rows(arrays, shape)
     partial = torch.empty((size, operator.head_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((2, size), dtype=torch.float32, device=q.device)
     lists = (arrays.starts, arrays.seq_lens)
@@ -298,20 +341,47 @@ def launch_split(
         **shape.constants,
         **shape.options,
     )
-    if not whole:
-        merge_kernel[operator.num_heads, arrays.max_query_len, num_sequences](
+    if size:
+        head_tiles = triton.cdiv(operator.num_heads, MERGED_HEADS.value)
+        merge_kernel[head_tiles, arrays.max_query_len, num_sequences](
             *lists, out, partial, stats, *plan, **shape.merge_constants, **MERGE_OPTIONS
         )
 
 
-def most_parts(arrays: StepArrays, shape: Shape, slots: int) -> int:
+def fits_split(arrays: StepArrays, shape: Shape) -> bool:
+    """Whether a step may be split as the shape says: by tile, and by the memory of its parts.
+
+    That of one token a sequence is never too much: a Program measures its largest such step.
+    """
+    if not shape.split or arrays.max_query_len == 1:
+        return shape.split
+    head_dim: int = shape.constants["HEAD_DIM"]
+    return 4 * head_dim * partial_rows(arrays, shape) <= MOST_PARTIAL_BYTES
+
+
+def slots_of(shape: Shape, num_sequences: int) -> int:
+    """The parts that what is read is divided into where there is a choice."""
+    # Shorter parts, in two rounds: a last one that is not full matters less.
+    return shape.slots * (2 if 2 * num_sequences > shape.slots else 1)
+
+
+def partial_rows(arrays: StepArrays, shape: Shape) -> int:
+    """The rows of the results of parts; 0 if every sequence is sure to have but one."""
+    parts = most_parts(arrays, shape)
+    if parts == len(arrays.seq_lens):
+        return 0
+    return parts * arrays.max_query_len * int(shape.constants["NUM_HEADS"])
+
+
+def most_parts(arrays: StepArrays, shape: Shape) -> int:
     """A bound of the parts of all sequences; as many as these if each is sure to have but one."""
     num_sequences = len(arrays.seq_lens)
     segment: int = shape.constants["SEGMENT"]
     window: int = shape.constants["WINDOW"]
     if not segment:
         least = LEAST_TILES.value * shape.constants["BLOCK_N"]
-        return num_sequences + (slots if arrays.max_seq_len > least else 0)
+        is_cut = arrays.max_seq_len > least
+        return num_sequences + (slots_of(shape, num_sequences) if is_cut else 0)
     segments = -(-arrays.max_seq_len // segment)
     if window:
         segments = min(segments, (window + arrays.max_query_len - 3) // segment + 2)

@@ -63,6 +63,9 @@ def decode(codes, DTYPE: tl.constexpr, FP8_BITS: tl.constexpr):
         bits = codes.to(tl.int16)
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         numbers = (half.to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
+    elif codes.dtype.is_fp8e4nv():
+        # Exact. The conversion of Triton 3.6 to bfloat16 takes an instruction of a slow pipe.
+        numbers = codes.to(tl.float16).to(DTYPE)
     else:
         numbers = codes.to(DTYPE)
     return numbers
@@ -93,12 +96,22 @@ def finish(acc, total):
 
 
 @triton.jit
+def hide(scores, at, seen, WINDOW: tl.constexpr):
+    """Scores [R, BLOCK_N] of the positions `at` without those that rows do not see."""
+    visible = at[None, :] <= seen[:, None]
+    if WINDOW:
+        visible &= at[None, :] > seen[:, None] - WINDOW
+    return tl.where(visible, scores, UNSEEN)
+
+
+@triton.jit
 def walk(
     acc,
     peak,
     total,
     query,
     seen,
+    clear,
     begin,
     end,
     low,
@@ -120,13 +133,15 @@ def walk(
     FP8_BITS: tl.constexpr,
     P_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PHASES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Attend to the tiles of the positions `begin` to `end`; all else is that of `attend`.
 
-    `seen` is the last position that a row sees. The sequence may be read from `low` to `high`: for
-    other positions the nearest of these is, as NaN may lie in their place, and 0 * NaN is no 0.
-    MASKED: some row does not see all of a tile.
+    `seen` is the last position that a row sees; all rows see those before `clear`, but for the
+    window. The sequence may be read from `low` to `high`: for other positions the nearest of these
+    is, as NaN may lie in their place, and 0 * NaN is no 0. MASKED: some row may not see all of a
+    tile; with PHASES this is so in every tile.
     """
     DIM: tl.constexpr = query.shape[1]
     DTYPE: tl.constexpr = query.dtype
@@ -152,10 +167,14 @@ def walk(
         if SOFT_CAP:  # tanh
             scores = 1.0 - 2.0 / (tl.exp2(scores * cap_scale) + 1.0)
         if MASKED:
-            visible = at[None, :] <= seen[:, None]
-            if WINDOW:
-                visible &= at[None, :] > seen[:, None] - WINDOW
-            scores = tl.where(visible, scores, UNSEEN)
+            if PHASES:
+                scores = hide(scores, at, seen, WINDOW)
+            else:
+                is_hidden = start + BLOCK_N > clear
+                if WINDOW:
+                    is_hidden |= start < high - WINDOW
+                if is_hidden:  # A branch that all warps take, or none.
+                    scores = hide(scores, at, seen, WINDOW)
         new_peak, base = higher(peak, tl.max(scores, 1) * scale)
         keep = tl.exp2(peak - base)
         p = tl.exp2(tl.fma(scores, scale, -base[:, None]))
@@ -207,7 +226,8 @@ def attend(
     block 0.
 
     `begin` and `end` are multiples of BLOCK_N. With PHASES the tiles that every row sees whole are
-    walked without masks: better for long walks, where a short one rather starts but one pipeline.
+    walked in a loop of their own, without masks: better for long walks, where a short one rather
+    starts but one pipeline.
     """
     low = tl.maximum(first - WINDOW + 1, 0) if WINDOW else 0
     high = last + 1
@@ -224,13 +244,13 @@ def attend(
     for phase in tl.static_range(3):
         if (PHASES or phase == 2) and (phase != 0 or WINDOW):
             acc, peak, total = walk(
-                acc, peak, total, query, seen,
+                acc, peak, total, query, seen, first + 1,
                 begin if phase == 0 else clear_begin if phase == 1 else clear_end,
                 clear_begin if phase == 0 else clear_end if phase == 1 else end,
                 low, high, table, values, scales,
                 block_stride, scale_stride, scale, cap_scale,
                 KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, CODES, FP8_BITS,
-                P_DTYPE, PRECISION, phase != 1,
+                P_DTYPE, PRECISION, PHASES, phase != 1,
             )
     # fmt: on
     return acc, peak, total

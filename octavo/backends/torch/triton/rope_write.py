@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.backends.torch.kernels import LayerCache, StepArrays
+from octavo.backends.torch.kernels import LayerCache, StepArrays, query_dtype
 from octavo.backends.torch.triton.launch import FP_FUSION
 from octavo.backends.torch.triton.quantize import bits_of_size, encode, scale_of
 
@@ -144,7 +144,8 @@ def rope_write(
     tokens, width = q.shape
     _, _, kv_heads, block_size, head_dim = cache.values.shape
     heads = width // head_dim
-    out = torch.empty((tokens, width), dtype=q.dtype, device=q.device)
+    dtype = query_dtype(q.dtype, cache.values.dtype)
+    out = torch.empty((tokens, width), dtype=dtype, device=q.device)
     tile, half = tile_of(kv_heads, head_dim)
     programs = triton.cdiv(heads, tile) + 2 * triton.cdiv(kv_heads, tile)
     if tokens:
