@@ -1,6 +1,6 @@
 """The default model on real text: reference against transformers, CPU against reference.
 
-One pass over 2,000 positions judges every pair. The bounds are the project's promises.
+One pass over 1,000 positions judges every pair. The bounds are the project's promises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from octavo.tokenizer.load import load_tokenizer
 
 TEXT = Path(__file__).with_name("text.txt")
-NUM_POSITIONS = 2000
+NUM_POSITIONS = 1000
 CHUNK = 200
 
 EXACT = {"round_activations": False, "cache_dtype": "fp32"}

@@ -165,7 +165,10 @@ def history(kit: Any) -> Iterator[Batch]:
             lengths[s] += 1
 
 
-@pytest.mark.parametrize(("cache_dtype", "deterministic"), [("fp16", True), ("int8", False)])
+@pytest.mark.parametrize(
+    ("cache_dtype", "deterministic"),
+    [("int8", False), pytest.param("fp16", True, marks=pytest.mark.slow)],
+)
 def test_a_replay_computes_what_its_step_asks_for(
     kit: Any,
     graph: Graph,

@@ -128,8 +128,15 @@ def test_a_model_as_the_reference_computes_it(
         np.testing.assert_allclose(actual, expected, atol=bound, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 0.03), ("fp16", 0.004)])
-@pytest.mark.parametrize("table", ["plain", "triton"])
+@pytest.mark.parametrize(
+    ("table", "dtype", "bound"),
+    [
+        ("plain", "bf16", 0.03),
+        ("plain", "fp16", 0.004),
+        ("triton", "bf16", 0.03),
+        pytest.param("triton", "fp16", 0.004, marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision(
     kit: Any, graph: Graph, weights: dict[str, StoredTensor], table: Table, dtype: str, bound: float
 ) -> None:
@@ -178,7 +185,7 @@ def in_fp8(weights: dict[str, StoredTensor], scales: dict[str, float]) -> dict[s
     return stored
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_static_scales_in_both_tables(
     kit: Any, graph: Graph, weights: dict[str, StoredTensor], deterministic: bool
 ) -> None:
