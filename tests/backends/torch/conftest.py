@@ -1,4 +1,4 @@
-"""Triton kernels run in its interpreter here: there is no device."""
+"""Triton kernels run in its interpreter here: there is no device. And a tiny model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,25 @@ import torch
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 
+from octavo.graph.tensors import DenseTensor, StoredTensor
+from octavo.graph.trace import Graph, Ops
+from octavo.models.llama import llama
+from octavo.models.llama_config import LlamaConfig
+from octavo.models.rope import RopeConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=70,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+    rope=RopeConfig(theta=300.0),
+    attention_bias=True,
+)
 _ROUNDED = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
 
 
@@ -31,3 +50,19 @@ def rounding_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         return codes.view(whole).numpy().reshape(values.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return llama(Ops(), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def weights(graph: Graph) -> dict[str, StoredTensor]:
+    rng = np.random.default_rng(2)
+    stored: dict[str, StoredTensor] = {}
+    for name, shape in graph.weights.items():
+        spread = 1.5 / shape[-1] ** 0.5 if len(shape) == 2 else 0.3
+        values = rng.normal("norm" in name, spread, shape)
+        stored[name] = DenseTensor(values.astype(np.float32), "f32")
+    return stored

@@ -30,25 +30,11 @@ from octavo.backends.torch.graphs import (
 )
 from octavo.backends.torch.program import TorchProgram
 from octavo.graph.batch import Batch
-from octavo.graph.tensors import DenseTensor
-from octavo.graph.trace import CacheDtype, Graph, Ops
-from octavo.models.llama import llama
-from octavo.models.llama_config import LlamaConfig
-from octavo.models.rope import RopeConfig
+from octavo.graph.tensors import StoredTensor
+from octavo.graph.trace import CacheDtype, Graph
 
 BLOCK_SIZE = 8
-CONFIG = LlamaConfig(
-    vocab_size=70,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=64,
-    rope=RopeConfig(theta=300.0),
-)
+Model = tuple[Graph, dict[str, StoredTensor]]
 
 
 class Recording(TorchDispatchMode):
@@ -124,17 +110,12 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     return made
 
 
-@pytest.fixture(scope="module")
-def graph() -> Graph:
-    return llama(Ops(), CONFIG)
+@pytest.fixture
+def model(graph: Graph, weights: dict[str, StoredTensor]) -> Model:
+    return graph, weights
 
 
-def compiled(graph: Graph, cache_dtype: CacheDtype = "fp16", **device: Any) -> TorchProgram:
-    rng = np.random.default_rng(2)
-    weights = {
-        name: DenseTensor(rng.normal("norm" in name, 0.2, shape).astype(np.float32), "f32")
-        for name, shape in graph.weights.items()
-    }
+def compiled(model: Model, cache_dtype: CacheDtype = "fp16", **device: Any) -> TorchProgram:
     options = CompileOptions(
         num_threads=1,
         block_size=BLOCK_SIZE,
@@ -144,7 +125,7 @@ def compiled(graph: Graph, cache_dtype: CacheDtype = "fp16", **device: Any) -> T
         cache_dtype=cache_dtype,
         device=DeviceOptions(**device),
     )
-    program = backend.compile(graph, weights, options)
+    program = backend.compile(*model, options)
     program.allocate_cache(24)
     return program
 
@@ -171,13 +152,13 @@ def history(kit: Any) -> Iterator[Batch]:
 )
 def test_a_replay_computes_what_its_step_asks_for(
     kit: Any,
-    graph: Graph,
+    model: Model,
     recordings: list[Recording],
     cache_dtype: CacheDtype,
     deterministic: bool,
 ) -> None:
     mode = {"kernels": "triton", "deterministic": deterministic}
-    eager, captured = (compiled(graph, cache_dtype, **mode) for _ in range(2))
+    eager, captured = (compiled(model, cache_dtype, **mode) for _ in range(2))
     executor = captured._alive()
     captured._graphs = DecodeGraphs(torch.device("cpu"), executor, BLOCK_SIZE, 16)
     for batch in history(kit):
@@ -192,13 +173,13 @@ def test_a_replay_computes_what_its_step_asks_for(
 
 def test_without_memory_for_a_graph_steps_run_as_they_are(
     kit: Any,
-    graph: Graph,
+    model: Model,
     recordings: list[Recording],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (graphs.LEAST_FREE_BYTES - 1, 0))
-    program = compiled(graph)
+    program = compiled(model)
     program._graphs = DecodeGraphs(torch.device("cpu"), program._alive(), BLOCK_SIZE, 16)
     for batch in history(kit):
         assert (program.run(batch, kit.rows(len(batch.logits_rows))).tokens >= 0).all()
@@ -208,9 +189,9 @@ def test_without_memory_for_a_graph_steps_run_as_they_are(
 
 
 def test_memory_that_runs_out_in_a_capture_ends_nothing(
-    kit: Any, graph: Graph, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+    kit: Any, model: Model, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = compiled(graph)
+    program = compiled(model)
     executor = program._alive()
     program._graphs = DecodeGraphs(torch.device("cpu"), executor, BLOCK_SIZE, 16)
     run = executor.run

@@ -282,9 +282,11 @@ def test_which_devices_take_scaled_mm(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], takes: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    codes = SimpleNamespace(shape=(65, 32), is_cuda=True, dtype=torch.float8_e4m3fn, device="cuda")
+    codes: Any = SimpleNamespace(
+        shape=(65, 32), is_cuda=True, dtype=torch.float8_e4m3fn, device="cuda"
+    )
     weight = QuantizedWeight(torch.zeros(16, 32, dtype=torch.float8_e4m3fn), torch.ones(16, 1))
-    x: Any = Quantized(codes, torch.ones(65, 1))  # type: ignore[arg-type]
+    x = Quantized(codes, torch.ones(65, 1))
     assert quantized_file._takes_scaled_mm(x, weight, torch.bfloat16) == takes
 
 
